@@ -1,0 +1,92 @@
+"""The plan: what a lowered graph becomes. Written by the compiler, bound and run by the runtime, stored as JSON.
+
+A plan is a flat list of entries over values. Values have sizes that are linear in the step sizes (T tokens, S sequences,
+R rows that need logits, `P_<group>` page-table columns, `N_<group>` pages), so that one variant serves a range of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from ingot.ops.dims import Dim
+
+
+class Value(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tensor. A view shares the storage of `root`, at `offset` elements with `strides` (in elements; None: contiguous)."""
+
+    name: str
+    dtype: str  # as torch spells it: "bfloat16", "float32", "int32"
+    shape: tuple[Dim, ...]
+    storage: Literal["input", "weight", "state", "arena"]
+    root: str = ""  # "" when it is its own root
+    strides: tuple[Dim, ...] | None = None
+    offset: Dim = 0
+    arena_offset: int = 0  # bytes from the start of the arena, of an own root in it; a multiple of 256
+
+
+class Arg(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One argument of an entry: a value, a list of values, a size, or a constant (number, string, dtype name, None)."""
+
+    value: str | None = None
+    values: tuple[str | None, ...] | None = None
+    dim: Dim | None = None
+    const: Any = None
+    view: str = ""  # a value's elements reinterpreted as this dtype
+
+
+class Grid(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One axis of a launch grid: ceil(dim / block)."""
+
+    dim: Dim
+    block: int = 1
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One step of a plan.
+
+    backend "tvm": `kernel` is a function of a shared object, called with all arguments as tensors or numbers.
+    backend "triton": `kernel` is a cubin, launched on `grid`; a value is passed as its address, a size as int32.
+    backend "torch": `target` ("aten.mul.Tensor", "ingot.moe") is called in eager mode; an aten result is copied into
+    `outputs`, a dialect op runs its reference, which updates states in place.
+    """
+
+    node: str
+    target: str
+    backend: Literal["tvm", "triton", "torch"]
+    args: tuple[Arg, ...]
+    outputs: tuple[str, ...] = ()
+    kernel: str = ""
+    grid: tuple[Grid, ...] = ()
+    reason: str = ""  # why this kernel was chosen: "measured 12.3 µs, next 14.0 (gemv_r8)", "tuned", "only claimant"
+
+
+class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A plan for a range of steps: T ≤ `max_tokens`, S ≤ `max_seqs`, at most `max_num_new` new tokens a sequence, R ≤ `max_rows`."""
+
+    entry_point: str  # "forward"
+    name: str
+    max_tokens: int
+    max_seqs: int
+    max_num_new: int
+    max_rows: int
+    capture: bool  # replayed as a CUDA graph at exactly T = S = R = max_seqs; smaller steps are padded
+    values: tuple[Value, ...]
+    entries: tuple[Entry, ...]
+    results: tuple[str, ...]
+    arena_bytes: int
+
+
+class Kernel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A compiled kernel. Its file is `kernels/<name>.<so|cubin>`, its source beside it."""
+
+    name: str  # content-addressed: "<family>_<hash>"
+    family: str
+    backend: Literal["tvm", "triton"]
+    symbol: str  # the function in the shared object or cubin
+    file: str
+    source: str
+    num_warps: int = 0
+    shared_bytes: int = 0
+    launch_pdl: bool = False
+    gate: str = ""  # "passed(cpu, 1.2e-07)" or "deferred"

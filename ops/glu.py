@@ -1,0 +1,24 @@
+"""Gated linear units over a merged gate/up projection (Shazeer 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .dialect import op
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@op("glu(Tensor gate_up, str act) -> Tensor",
+    fake=lambda gate_up, act: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2), rowwise=True)  # fmt: skip
+def glu(gate_up: torch.Tensor, act: str) -> torch.Tensor:
+    """gate_up [..., 2I] = gate | up → act(gate) · up [..., I], in float32, rounded once."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return (ACTIVATIONS[act](gate) * up).to(gate_up.dtype)

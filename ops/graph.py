@@ -1,0 +1,305 @@
+"""Graph: a program of the dialect, one type from trace to emission.
+
+A `torch.fx` graph whose calls are `torch.ops.ingot.*`, a short list of pure aten ops, or a `Region` (a subgraph that one
+kernel will compute). Placeholders are the step inputs, the states and the weights; what each is stands beside the graph.
+Every node carries a fake tensor in `meta["val"]`; its symbolic sizes are named by `symbols`.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .dialect import OPS
+from .dims import Dim, show
+from .errors import IngotError
+
+
+class GraphError(IngotError):
+    """A graph breaks a rule of the dialect; the message names the node and the rule."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A step input: what the batch provides. Sizes are symbol names or numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A tensor that outlives the step. `kind`: "page" has shape [N, heads, page_size, dim], "slot" [slots, *shape]."""
+
+    group: str  # "full", "window<w>", "slot", …: sequences share one page table (or slot) per group
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # without the leading number of pages or slots
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight is made from checkpoint tensors: a small expression tree that can be read, stored and run anywhere.
+
+    `op`: "tensor" (name) · "cat" (dim) · "stack" (dim) · "slice" (dim, begin, end) · "transpose" (dim0, dim1) ·
+    "reshape" (*shape) · "constant" (name of a tensor kept with the graph) · "seed" (seed, std: dummy weights).
+    """
+
+    op: str
+    params: tuple[Any, ...] = ()
+    inputs: tuple[Recipe, ...] = ()
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the checkpoint tensors it reads, in order."""
+        return [self.params[0]] if self.op == "tensor" else [s for i in self.inputs for s in i.sources]
+
+    def run(self, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight, from checkpoint tensors by name."""
+        values = [i.run(tensors, constants) for i in self.inputs]
+        match self.op:
+            case "tensor":
+                return tensors[self.params[0]]
+            case "constant":
+                return constants[self.params[0]]
+            case "cat":
+                return torch.cat(values, self.params[0])
+            case "stack":
+                return torch.stack(values, self.params[0])
+            case "slice":
+                dim, begin, end = self.params
+                return values[0].narrow(dim, begin, end - begin)
+            case "transpose":
+                return values[0].transpose(*self.params)
+            case "reshape":
+                return values[0].reshape(self.params)
+        raise GraphError(f"recipe op {self.op!r} is unknown")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight placeholder: how to make it, and what it is then."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+# Pure, and understood by every pass that asks what an op does to rows. `frontend` functionalizes the rest away.
+_aten = torch.ops.aten
+VIEW_OPS = frozenset(
+    getattr(_aten, name)
+    for name in ("view reshape transpose permute unsqueeze squeeze slice select expand t unflatten flatten split split_with_sizes chunk unbind alias".split())
+)
+ATEN_DENY_TAGS = (torch.Tag.nondeterministic_seeded,)
+
+
+class Region:
+    """A subgraph of pure ops that is one node of the outer graph and becomes one kernel; calling it interprets it."""
+
+    def __init__(self, name: str, graph: fx.Graph) -> None:
+        self.__name__ = self.name = name
+        self.module = fx.GraphModule(torch.nn.Module(), graph)
+
+    def __call__(self, *args: Any) -> Any:
+        return fx.Interpreter(self.module).run(*args)
+
+
+@dataclass
+class Graph:
+    """The program. `outputs` of the fx graph: the entry's results, then every state in the order of `states`."""
+
+    fx: fx.Graph
+    inputs: dict[str, InputSpec]
+    states: dict[str, StateSpec]
+    weights: dict[str, Weight]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    symbols: dict[str, str] = field(default_factory=dict)  # name of the symbol in meta["val"] sizes ("s77") → "T", "S", …
+    num_results: int = 1
+
+    def copy(self) -> Graph:
+        """A graph whose nodes may be changed without touching this one."""
+        new = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = new.graph_copy(self.fx, mapping)
+        node = new.output(output)
+        node.meta = copy.copy(self.fx.output_node().meta)
+        return replace(self, fx=new, inputs=dict(self.inputs), states=dict(self.states), weights=dict(self.weights), constants=dict(self.constants))
+
+    @property
+    def placeholders(self) -> dict[str, fx.Node]:
+        return {n.name: n for n in self.fx.nodes if n.op == "placeholder"}
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        for node in self.fx.nodes:
+            if isinstance(node.meta.get("val"), FakeTensor):
+                return node.meta["val"].fake_mode
+        raise GraphError("no node carries a fake tensor")
+
+    def dim(self, size: int | torch.SymInt) -> Dim:
+        """A size of a fake tensor as a linear form over step sizes; GraphError when it is not one."""
+        if isinstance(size, int):
+            return size
+        import sympy
+
+        expr = size.node.expr
+        if expr.is_Integer:
+            return int(expr)
+        poly = sympy.Poly(expr, *sorted(expr.free_symbols, key=str))
+        form: dict[str, int] = {}
+        for powers, coefficient in poly.terms():
+            if sum(powers) > 1 or not coefficient.is_Integer:
+                raise GraphError(f"size {expr} is not linear in {sorted(map(str, expr.free_symbols))}")
+            name = "" if sum(powers) == 0 else str(poly.gens[powers.index(1)])
+            form[self.symbols.get(name, name)] = int(coefficient)
+        return form
+
+    def shape(self, node: fx.Node) -> tuple[Dim, ...]:
+        return tuple(self.dim(s) for s in node.meta["val"].shape)
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+        """Insert a call at the current insertion point, with its fake value computed by the op's fake rule."""
+        node = self.fx.call_function(target, args)
+        node.meta["val"] = self.fake(target, args)
+        if like is not None:
+            node.meta.update({k: v for k, v in like.meta.items() if k != "val"})
+        return node
+
+    def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """The fake result of a call whose arguments are nodes."""
+        values, kw = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+        with self.fake_mode:
+            return target(*values, **kw)
+
+    def run(self, values: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Interpret with the references: placeholder values by name → (results, new states)."""
+        module = fx.GraphModule(torch.nn.Module(), self.fx)
+        missing = [n for n in self.placeholders if n not in values]
+        if missing:
+            raise GraphError(f"no value for {', '.join(missing)}")
+        outputs = fx.Interpreter(module).run(*(values[n] for n in self.placeholders))
+        return list(outputs[: self.num_results]), dict(zip(self.states, outputs[self.num_results :], strict=True))
+
+    def verify(self) -> None:
+        """GraphError if a call is outside the dialect, lacks a value, or a state is not used linearly."""
+        self.fx.lint()
+        declared = set(self.inputs) | set(self.states) | set(self.weights)
+        if set(self.placeholders) != declared:
+            raise GraphError(f"placeholders and declarations differ: {sorted(set(self.placeholders) ^ declared)}")
+        for node in self.fx.nodes:
+            if node.op == "call_function":
+                _verify_target(node)
+            elif node.op not in ("placeholder", "output"):
+                raise GraphError(f"{node.name}: a {node.op} node is not of the dialect")
+            if node.op != "output" and "val" not in node.meta:
+                raise GraphError(f"{node.name}: no fake value")
+        self._verify_states()
+
+    def _verify_states(self) -> None:
+        position = {n: i for i, n in enumerate(self.fx.nodes)}
+        final = dict(zip(self.states, self.fx.output_node().args[0][self.num_results :], strict=True))
+        for name in self.states:
+            version = self.placeholders[name]
+            while True:
+                writers = [(u, i) for u in version.users for i in consumed(u) if u.args[i] is version]
+                if len(writers) > 1:
+                    raise GraphError(f"state {name} is consumed twice, by {' and '.join(u.name for u, _ in writers)}")
+                if not writers:
+                    break
+                writer, index = writers[0]
+                late = [u.name for u in version.users if position[u] > position[writer] and u.op != "output"]
+                if late or final[name] is version:
+                    raise GraphError(f"state {name}: {', '.join(late) or 'the output'} reads a version that {writer.name} has consumed")
+                version = new_version(writer, index)
+            if final[name] is not version:
+                raise GraphError(f"state {name}: its last version is {version.name}, the output returns {final[name]}")
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> Iterator[str]:
+        """One line a node: `name: dtype[shape] = op(args)`."""
+        for node in self.fx.nodes:
+            if node.op == "placeholder":
+                kind = "input" if node.name in self.inputs else "state" if node.name in self.states else "weight"
+                yield f"{kind} {node.name}: {self._type(node.meta['val'])}"
+            elif node.op == "call_function":
+                args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
+                yield f"{node.name}: {self._type(node.meta['val'])} = {target_name(node.target)}({args})"
+            else:
+                yield f"return {', '.join(_show(a) for a in node.args[0])}"
+
+    def _type(self, value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return "(" + ", ".join(self._type(v) for v in value) + ")"
+        if not isinstance(value, torch.Tensor):
+            return type(value).__name__
+        sizes = ", ".join(show(self.dim(s)) for s in value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def consumed(node: fx.Node) -> list[int]:
+    """Indices of the arguments that a node consumes: its states."""
+    spec = op_of(node)
+    return [] if spec is None else [spec.arguments.index(s) for s in spec.states]
+
+
+def new_version(writer: fx.Node, index: int) -> fx.Node:
+    """The node that holds the state which `writer` returns for its argument `index`."""
+    states = consumed(writer)
+    if not isinstance(writer.meta["val"], (tuple, list)):
+        return writer
+    place = len(writer.meta["val"]) - len(states) + states.index(index)
+    for user in writer.users:
+        if user.target is operator.getitem and user.args[1] == place:
+            return user
+    raise GraphError(f"{writer.name}: nobody takes the new state {place} that it returns")
+
+
+def op_of(node: fx.Node) -> Any:
+    """The dialect op that a node calls, or None."""
+    target = node.target
+    if node.op == "call_function" and getattr(target, "namespace", None) == "ingot":
+        return OPS[target._schema.name.split("::")[1]]
+    return None
+
+
+def _verify_target(node: fx.Node) -> None:
+    target = node.target
+    if target is operator.getitem or isinstance(target, Region) or op_of(node) is not None:
+        return
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        if target._schema.is_mutable:
+            raise GraphError(f"{node.name}: {target} changes its argument; a graph is pure")
+        if any(t in target.tags for t in ATEN_DENY_TAGS):
+            raise GraphError(f"{node.name}: {target} is random; a graph is deterministic")
+        return
+    if target in _SIZE_ARITHMETIC:
+        return
+    raise GraphError(f"{node.name}: {target} is not of the dialect")
+
+
+_SIZE_ARITHMETIC = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, torch.ops.aten.sym_size.int})
+
+
+def target_name(target: Any) -> str:
+    """`ingot.rms_norm`, `aten.mul.Tensor`, a region's name."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def _show(arg: Any) -> str:
+    if isinstance(arg, fx.Node):
+        return f"%{arg.name}"
+    if isinstance(arg, (list, tuple)):
+        return "[" + ", ".join(_show(a) for a in arg) + "]"
+    return repr(arg) if isinstance(arg, str) else str(arg).removeprefix("torch.")

@@ -1,0 +1,122 @@
+"""What a kernel family is: a function that claims a call of one dialect op and returns candidates, or declines with [].
+
+    @claims("rms_norm", backend="tvm")
+    def rms_norm(call: Call, steps: Steps, target: Target) -> list[Candidate]: ...
+
+Every tensor that reaches a kernel is contiguous and 64-byte aligned (arena values and weights: 256); `page_table` rows
+are `P_<group>` apart. Outputs and scratch are allocated by the plan and hold garbage before the launch. A candidate must
+be right for every step within `steps`, padding rows included (seq_len 0, slot −1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .dims import Dim
+from .target import Target
+
+Backend = Literal["tvm", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The type of one tensor argument or result."""
+
+    dtype: torch.dtype
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a dialect op: argument values by the schema's names (`Tensor`, None, or a constant), and results' types."""
+
+    op: str
+    args: dict[str, Any]
+    results: tuple[Tensor, ...]  # states excluded
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps that a variant serves: 1 ≤ T ≤ max_tokens, at most `max_num_new` new tokens a sequence. `exact`: T = S = R = max_tokens, always."""
+
+    max_tokens: int
+    max_seqs: int
+    max_num_new: int
+    max_rows: int
+    exact: bool
+    page_size: int = 16
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel before compilation.
+
+    tvm: `text` is a TVMScript module whose PrimFunc is `symbol`. triton: `text` is Python with a `@triton.jit` function
+    `symbol`; `signature` gives each run-time argument's type in order ("*bf16", "i32", "fp32"), `constants` the constexprs;
+    every pointer, and each size named in `divisible`, is a multiple of 16.
+    """
+
+    family: str
+    backend: Backend
+    symbol: str
+    text: str
+    signature: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    launch_pdl: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One run-time argument of a launch: argument `arg` of the call, result `out` (an index), `scratch` (an index), a `size`, or a `const`.
+
+    `view` reinterprets a tensor's elements as another dtype of a size that divides its last dim (bfloat16 pairs as int32).
+    """
+
+    arg: str | None = None
+    out: int | None = None
+    scratch: int | None = None
+    size: Dim | None = None
+    const: int | float | None = None
+    view: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a candidate, and how it is called. `grid`: (dim, block) per axis, ceil(dim / block) programs; Triton only."""
+
+    source: Source
+    operands: tuple[Operand, ...]
+    grid: tuple[tuple[Dim, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a call: launches in order over shared scratch tensors. `rank`: lower first where nothing was measured or tabled."""
+
+    name: str  # "gemv_r8_w4": unique among the call's candidates
+    launches: tuple[Launch, ...]
+    scratch: tuple[Tensor, ...] = ()
+    rank: float = 0.0
+
+
+Claim = Callable[[Call, Steps, Target], list[Candidate]]
+CLAIMS: dict[tuple[str, Backend], list[Claim]] = {}
+"""Kernel families by (op, backend), in the order of registration. `ops.tvm.load()` and `ops.triton.load()` fill it."""
+
+
+def claims(op: str, backend: Backend) -> Callable[[Claim], Claim]:
+    """Register a kernel family for a dialect op."""
+
+    def register(claim: Claim) -> Claim:
+        CLAIMS.setdefault((op, backend), []).append(claim)
+        return claim
+
+    return register

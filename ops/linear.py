@@ -1,0 +1,21 @@
+"""Matrix products with weights, and the choice of rows that need logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .dialect import op
+
+
+@op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), rowwise=True)  # fmt: skip
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N], accumulated in float32."""
+    return F.linear(x, weight, bias)
+
+
+@op("gather_rows(Tensor x, Tensor rows) -> Tensor", fake=lambda x, rows: x.new_empty(rows.shape[0], *x.shape[1:]))
+def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x [T, ...] at rows [R] (int32) → [R, ...]: only the rows that need logits go on to the LM head."""
+    return x.index_select(0, rows.long())
