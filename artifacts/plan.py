@@ -6,7 +6,7 @@ R rows that need logits, `P_<group>` page-table columns, `N_<group>` pages), so 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from ingot.ops.dims import Dim
@@ -26,13 +26,22 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Arg(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One argument of an entry: a value, a list of values, a size, or a constant (number, string, dtype name, None)."""
+    """One argument of an entry; one field is set (all unset: None)."""
 
     value: str | None = None
-    values: tuple[str | None, ...] | None = None
+    view: str = ""  # with `value`: its elements reinterpreted as this dtype
+    items: tuple[Arg, ...] | None = None
     dim: Dim | None = None
-    const: Any = None
-    view: str = ""  # a value's elements reinterpreted as this dtype
+    const: bool | int | float | str | None = None
+    number: str = ""  # "inf", "-inf" or "nan", which JSON cannot spell
+    dtype: str = ""
+    device: bool = False  # the device that the plan runs on
+
+    def names(self) -> list[str]:
+        """The values it reads."""
+        if self.items is not None:
+            return [n for i in self.items for n in i.names()]
+        return [] if self.value is None else [self.value]
 
 
 class Grid(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,6 +67,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     outputs: tuple[str, ...] = ()
     kernel: str = ""
     grid: tuple[Grid, ...] = ()
+    kwargs: dict[str, Arg] = {}
     reason: str = ""  # why this kernel was chosen: "measured 12.3 µs, next 14.0 (gemv_r8)", "tuned", "only claimant"
 
 

@@ -173,6 +173,24 @@ class Graph:
             node.meta.update({k: v for k, v in like.meta.items() if k != "val"})
         return node
 
+    def getitem(self, node: fx.Node, index: int) -> fx.Node:
+        """Insert the `index`-th result of a call with several."""
+        item = self.fx.call_function(operator.getitem, (node, index))
+        item.meta["val"] = node.meta["val"][index]
+        return item
+
+    def add_weight(self, name: str, weight: Weight) -> fx.Node:
+        """A new weight placeholder, after the others."""
+        last = list(self.placeholders.values())[-1]
+        with self.fx.inserting_after(last):
+            node = self.fx.placeholder(name)
+        if node.name != name:
+            raise GraphError(f"weight {name} exists already")
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(weight.shape, dtype=weight.dtype)
+        self.weights[name] = weight
+        return node
+
     def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """The fake result of a call whose arguments are nodes."""
         values, kw = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])

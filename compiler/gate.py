@@ -1,0 +1,109 @@
+"""The numeric gate: a kernel is emitted only after it agreed with its op's reference on the device, or is marked deferred."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ingot.artifacts.launch import Bound
+from ingot.ops import OPS
+from ingot.ops.dims import evaluate
+from ingot.ops.errors import IngotError
+from ingot.ops.kernel import Call, Candidate, Operand, Tensor
+from ingot.ops.library import CALLS
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""Largest ‖out − ref‖ / ‖ref‖ against the reference in float32; rounding alone gives 1e-6, 5e-4, 4e-3."""
+
+
+class GateError(IngotError):
+    """No candidate for a call agrees with its reference."""
+
+
+def bind(candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Bound]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Outputs, poisoned with NaN, and a function that runs the candidate's launches on them. `kernels`: one a launch, None for library calls."""
+    device = next(v.device for v in inputs.values() if isinstance(v, torch.Tensor))
+    outputs = [_poisoned(t, sizes, device) for t in call.results]
+    scratch = [_poisoned(t, sizes, device) for t in candidate.scratch]
+
+    def value(o: Operand) -> Any:
+        tensor = inputs[o.arg] if o.arg is not None else outputs[o.out] if o.out is not None else scratch[o.scratch] if o.scratch is not None else None
+        if tensor is not None:
+            return tensor if o.view is None else tensor.view(o.view)
+        return evaluate(o.size, sizes) if o.size is not None else o.const
+
+    runs = []
+    for launch, kernel in zip(candidate.launches, kernels, strict=True):
+        args = [value(o) for o in launch.operands]
+        if launch.source.backend == "torch":
+            runs.append(lambda fn=CALLS[launch.source.symbol], a=args: fn(*a))
+        else:
+            runs.append(kernel.bind(args, tuple(-(-evaluate(d, sizes) // b) for d, b in launch.grid)))
+
+    def run() -> None:
+        for r in runs:
+            r()
+
+    return outputs, run
+
+
+def _poisoned(tensor: Tensor, sizes: dict[str, int], device: torch.device) -> torch.Tensor:
+    shape = [evaluate(d, sizes) for d in tensor.shape]
+    return torch.full(shape, float("nan") if tensor.dtype.is_floating_point else -7, dtype=tensor.dtype, device=device)
+
+
+def error(call: Call, inputs: dict[str, Any], outputs: list[torch.Tensor], before: dict[str, torch.Tensor]) -> float:
+    """Largest relative error of outputs and states against the reference in float32; `before`: the states as they were."""
+    spec = OPS[call.op]
+    exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v for n, v in {**inputs, **before}.items()}
+    exact = {n: v.clone() if n in spec.states else v for n, v in exact.items()}
+    expected = spec.reference(*exact.values())
+    expected = list(expected) if isinstance(expected, tuple) else [] if expected is None else [expected]
+    pairs = [*zip(outputs, expected, strict=True), *((inputs[n], exact[n]) for n in spec.states)]
+    return max(relative(a, b) for a, b in pairs)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖, infinite when anything is NaN."""
+    if not actual.dtype.is_floating_point:
+        return 0.0 if torch.equal(actual.long(), expected.long()) else float("inf")
+    difference = (actual.double() - expected.double()).norm() / (expected.double().norm() + 1e-30)
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+def seconds(run: Callable[[], None], device: torch.device, budget: float = 0.01) -> float:
+    """Median time of a run, over repetitions worth about `budget` seconds."""
+    if device.type == "cuda":
+        return _cuda_seconds(run, budget)
+    run()
+    times: list[float] = []
+    while sum(times) < budget and len(times) < 50:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _cuda_seconds(run: Callable[[], None], budget: float) -> float:
+    """As a CUDA graph of ten runs, since that is how it will be replayed; L2 stays warm only as far as the operands fit in it."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(10):
+            run()
+    times = []
+    for _ in range(5):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e4)
+    return statistics.median(times)

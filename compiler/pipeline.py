@@ -1,0 +1,51 @@
+"""The passes, in order. Each is `Graph, Target → Graph`, pure; `verify` runs after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ingot.ops import Graph
+from ingot.ops.target import Target
+
+from .passes.clean_views import clean_views
+from .passes.fuse_add_norm import fuse_add_norm
+from .passes.fuse_glu import fuse_glu
+from .passes.fuse_residual import fuse_residual
+from .passes.fuse_rope_kv import fuse_rope_kv
+from .passes.merge_siblings import merge_siblings
+
+Pass = Callable[[Graph, Target], Graph]
+
+PIPELINE: tuple[Pass, ...] = (
+    clean_views,  # first, so that patterns need not look through views
+    fuse_glu,  # before siblings merge: gate and up must lie in this order
+    merge_siblings,
+    fuse_rope_kv,  # needs the merged QKV
+    fuse_residual,
+    fuse_add_norm,  # takes the residual sums that no linear could
+)
+
+
+def lower(graph: Graph, target: Target, dump: Path | None = None) -> tuple[Graph, dict[str, int]]:
+    """Run PIPELINE; also the number of calls after each pass. With `dump`, the graph goes to `<dump>/<nn>_<pass>.txt`."""
+    graph.verify()
+    counts = {"traced": count(graph)}
+    _dump(graph, dump, "00_traced")
+    for i, run in enumerate(PIPELINE, 1):
+        graph = run(graph, target)
+        graph.verify()
+        counts[run.__name__] = count(graph)
+        _dump(graph, dump, f"{i:02}_{run.__name__}")
+    return graph, counts
+
+
+def count(graph: Graph) -> int:
+    """Number of calls, views and all."""
+    return sum(n.op == "call_function" for n in graph.fx.nodes)
+
+
+def _dump(graph: Graph, folder: Path | None, name: str) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(f"{graph}\n")

@@ -1,0 +1,77 @@
+"""Seeded random arguments for a dialect call: what kernels are gated and timed on. Never zeros; index arrays are consistent."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ingot.ops.dims import Dim, evaluate
+from ingot.ops.kernel import Call, Steps, Tensor
+
+
+def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
+    """T, S, R of a step of about `tokens` tokens that the variant may see."""
+    t = steps.max_tokens if steps.exact else min(tokens, steps.max_tokens)
+    s = t if steps.max_num_new == 1 else min(3, steps.max_seqs, t)
+    return {"T": t, "S": s, "R": t if steps.exact else min(s, steps.max_rows)}
+
+
+def random_inputs(call: Call, steps: Steps, sizes: dict[str, int], device: torch.device | str, seed: int, context: int = 80) -> dict[str, Any]:
+    """Arguments by name. Sequences have up to `context` cached tokens, on shuffled pages; activations are N(0, 1), weights N(0, 1/K)."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    batch = _batch(sizes, steps.page_size, context, generator)
+    groups = {n: batch["num_pages"] for n in _symbols(call) if n.startswith("N_")} | {n: batch["width"] for n in _symbols(call) if n.startswith("P_")}
+    full = {**sizes, **groups}
+    return {name: _value(name, arg, full, batch, call, device, generator) for name, arg in call.args.items()}
+
+
+def _symbols(call: Call) -> set[str]:
+    tensors = [a for a in call.args.values() if isinstance(a, Tensor)]
+    return {n for t in tensors for d in t.shape if isinstance(d, dict) for n in d}
+
+
+def _batch(sizes: dict[str, int], page_size: int, context: int, generator: torch.Generator) -> dict[str, Any]:
+    tokens, seqs = sizes["T"], sizes["S"]
+    cuts = torch.sort(torch.randperm(tokens - 1, generator=generator)[: seqs - 1] + 1).values if tokens > seqs else torch.arange(1, seqs)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), cuts, torch.tensor([tokens])])
+    cached = torch.randint(0, context + 1, (seqs,), generator=generator)
+    lens = starts.diff() + cached
+    width = -(-int(lens.max()) // page_size) + 1
+    pages = torch.randperm(seqs * width, generator=generator).view(seqs, width)
+    positions = torch.cat([torch.arange(int(c), int(n)) for c, n in zip(cached, lens, strict=True)])
+    seq = torch.repeat_interleave(torch.arange(seqs), starts.diff())
+    slots = pages[seq, positions // page_size] * page_size + positions % page_size
+    return {
+        "cu_seqlens_q": starts, "seq_lens": lens, "page_table": pages, "slot_mapping": slots, "positions": positions,
+        "num_pages": seqs * width, "width": width,
+    }  # fmt: skip
+
+
+def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], call: Call, device: torch.device | str, generator: torch.Generator) -> Any:
+    if not isinstance(arg, Tensor):
+        return evaluate(arg, sizes) if isinstance(arg, dict) else arg
+    shape = [evaluate(d, sizes) for d in arg.shape]
+    if not arg.dtype.is_floating_point:
+        value = batch[name] if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
+        return value.to(arg.dtype).to(device).contiguous()
+    if name in ("cos", "sin"):
+        angle = torch.rand(shape, generator=generator) * 6.28
+        return (angle.cos() if name == "cos" else angle.sin()).to(arg.dtype).to(device)
+    # large weights are drawn where they are used: the host generator is slow
+    on = torch.Generator(device).manual_seed(int(torch.randint(0, 1 << 30, (1,), generator=generator)))
+    value = torch.randn(shape, generator=on, device=device, dtype=torch.float32 if math.prod(shape) < 1 << 24 else arg.dtype)
+    if name in ("weight", "w_in", "w_out") and len(shape) > 1 and call.op != "embedding":
+        value *= shape[-1] ** -0.5
+    return value.to(arg.dtype)
+
+
+def _bound(name: str, call: Call, sizes: dict[str, int]) -> int:
+    """One more than the largest index that argument `name` may hold."""
+    table: dict[str, tuple[str, int]] = {"ids": ("weight", 0), "rows": ("x", 0), "expert_ids": ("weight" if "weight" in call.args else "w_in", 0)}
+    if name not in table:
+        raise ValueError(f"no rule for the integer argument {name} of {call.op}: add one to random_inputs")
+    other, dim = table[name]
+    size: Dim = call.args[other].shape[dim]
+    return evaluate(size, sizes)

@@ -1,0 +1,48 @@
+"""Which ranges of steps get a plan of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ingot.ops.kernel import Steps
+from ingot.ops.target import Target
+
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """A variant before it is planned."""
+
+    name: str
+    steps: Steps
+    capture: bool
+
+
+def variants(target: Target, max_num_seqs: int, max_num_batched_tokens: int, deterministic: bool) -> list[VariantSpec]:
+    """Smallest first; a step takes the first that it fits.
+
+    On a GPU, decode steps are padded to a bucket and replayed as a CUDA graph; other steps are launched as they are. On a
+    CPU nothing is padded: a variant is a range of T for which the same kernels are best.
+    """
+    specs = []
+    if target.kind == "cuda":
+        for n in decode_buckets(max_num_seqs):
+            specs.append(VariantSpec(f"decode_{n}", Steps(n, n, 1, n, True, PAGE_SIZE, deterministic), True))
+        ranges = [n for n in (64, 1024) if n < max_num_batched_tokens] + [max_num_batched_tokens]
+    else:
+        ranges = [n for n in (1, 4, 16) if n < max_num_batched_tokens] + [max_num_batched_tokens]
+    for n in ranges:
+        rows = min(n, max(max_num_seqs, MAX_PROMPT_ROWS))
+        specs.append(VariantSpec(f"tokens_{n}", Steps(n, min(n, max_num_seqs), n, rows, False, PAGE_SIZE, deterministic), False))
+    return specs
+
+
+MAX_PROMPT_ROWS = 512
+"""Logits rows of one step: prompt log-probabilities take a row a token, and a row is a vocabulary wide."""
+
+
+def decode_buckets(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, 16, 32, then every 32 up to `max_num_seqs`: padding wastes little where a step is long."""
+    buckets = [n for n in (1, 2, 4, 8, 16) if n < max_num_seqs]
+    return [*buckets, *range(32, max_num_seqs, 32), max_num_seqs]
