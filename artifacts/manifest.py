@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from ingot.ops.target import Target
 
+from .files import AGAIN, ArtifactError, check_relative
 from .plan import Kernel
 
 SCHEMA_VERSION = 1
 KV_LAYOUT = "page:N,K,page_size,E/1"
 """Identifies how KV pages lie in memory, so that pages can be exchanged only between equals."""
 CHUNK_BYTES = 64 << 20
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -48,7 +54,7 @@ class State(msgspec.Struct, frozen=True):
 
 
 class WeightTensor(msgspec.Struct, frozen=True):
-    """A packed weight: bytes offset … offset + nbytes of `weights.bin`, or made from `recipe` (seed, std) when there are no bytes."""
+    """A packed weight: bytes offset … offset + nbytes of `weights.bin`, or made from `recipe` when there are no bytes."""
 
     name: str
     dtype: str
@@ -71,7 +77,7 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """`key` hashes the inputs listed in `key_inputs`; `digest` the content, `report` apart."""
+    """`key` hashes the inputs listed in `key_inputs`; `digest` the content, `report` apart (a compile that took longer is the same artifact)."""
 
     schema_version: int
     ingot_version: str
@@ -90,3 +96,53 @@ class Manifest(msgspec.Struct, frozen=True):
     kernels: tuple[Kernel, ...]
     files: dict[str, str]  # every other file: relative path → SHA-256
     report: dict[str, Any]  # nodes before and after each pass, kernels by backend, seconds, gate errors
+    report_digest: str  # so that a damaged report is noticed too
+
+    @property
+    def weight_bytes(self) -> int:
+        """The size of weights.bin."""
+        return max((w.offset + w.nbytes for w in self.weights if w.offset >= 0), default=0)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The one spelling of a manifest: fields in order, dictionaries sorted, one space an indent."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1) + b"\n"
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """The manifest with its `digest` and `report_digest` computed."""
+    content = msgspec.structs.replace(manifest, digest="", report={}, report_digest="")
+    report = msgspec.json.encode(manifest.report, order="deterministic")
+    return msgspec.structs.replace(manifest, digest=hashlib.sha256(encode(content)).hexdigest(), report_digest=hashlib.sha256(report).hexdigest())
+
+
+def decode(data: bytes, path: Path) -> Manifest:
+    """Read a manifest that came from `path`. ArtifactError: truncated, foreign, of another version, or changed since it was written."""
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version > SCHEMA_VERSION:
+            raise ArtifactError(f"{path}: format {version} is newer than this Ingot's {SCHEMA_VERSION}; upgrade Ingot, or compile the model again")
+        if version < SCHEMA_VERSION:
+            raise ArtifactError(f"{path}: format {version} is older than this Ingot's {SCHEMA_VERSION}; compile the model again")
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: truncated, or not a manifest of Ingot ({error}); {AGAIN}") from error
+    # Comparing bytes finds what a digest over decoded fields cannot: a field that decoding ignores, a changed space.
+    if seal(manifest) != manifest or encode(manifest) != data:
+        raise ArtifactError(f"{path}: changed since it was written (its digest differs); {AGAIN}")
+    check_key(manifest.key)
+    for relative in (*manifest.files, *(f"plans/{v}.json" for v in manifest.variants), *(f for k in manifest.kernels for f in (k.file, k.source))):
+        check_relative(relative, path)
+        if relative not in manifest.files:
+            raise ArtifactError(f"{path}: speaks of {relative}, which is not among its files; {AGAIN}")
+    return manifest
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def check_key(key: str) -> None:
+    """ArtifactError unless `key` can name a folder: letters, digits, - and _."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", key):
+        raise ArtifactError(f"{key!r} is not the key of an artifact: a key has letters, digits, - and _ (see `ingot artifacts list`)")
