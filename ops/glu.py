@@ -22,3 +22,10 @@ def glu(gate_up: torch.Tensor, act: str) -> torch.Tensor:
     """gate_up [..., 2I] = gate | up → act(gate) · up [..., I], in float32, rounded once."""
     gate, up = gate_up.float().chunk(2, -1)
     return (ACTIVATIONS[act](gate) * up).to(gate_up.dtype)
+
+
+@op("linear_glu(Tensor x, Tensor weight, str act) -> Tensor",
+    fake=lambda x, weight, act: x.new_empty(*x.shape[:-1], weight.shape[0] // 2), rowwise=True)  # fmt: skip
+def linear_glu(x: torch.Tensor, weight: torch.Tensor, act: str) -> torch.Tensor:
+    """glu(x [..., K] · weightᵀ, act) with weight [2I, K] = gate | up → [..., I]."""
+    return glu(F.linear(x, weight), act)

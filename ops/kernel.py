@@ -65,8 +65,8 @@ class Source:
     backend: Backend
     symbol: str
     text: str
-    signature: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
+    signature: dict[str, str] = field(default_factory=dict, hash=False)
+    constants: dict[str, Any] = field(default_factory=dict, hash=False)
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3

@@ -15,6 +15,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
+@op("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    fake=lambda x, weight, bias, residual: x.new_empty(*x.shape[:-1], weight.shape[0]), rowwise=True)  # fmt: skip
+def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    """linear(x, weight, bias) + residual [..., N] → [..., N]."""
+    return F.linear(x, weight, bias) + residual
+
+
 @op("gather_rows(Tensor x, Tensor rows) -> Tensor", fake=lambda x, rows: x.new_empty(rows.shape[0], *x.shape[1:]))
 def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x [T, ...] at rows [R] (int32) → [R, ...]: only the rows that need logits go on to the LM head."""
