@@ -49,7 +49,8 @@ class Recipe:
     """How a weight is made from checkpoint tensors: a small expression tree that can be read, stored and run anywhere.
 
     `op`: "tensor" (name) · "cat" (dim) · "stack" (dim) · "slice" (dim, begin, end) · "transpose" (dim0, dim1) ·
-    "reshape" (*shape) · "constant" (name of a tensor kept with the graph) · "seed" (seed, std: dummy weights).
+    "reshape" (*shape) · "constant" (name of a tensor kept with the graph) · "seed" (seed, mean, std: dummy
+    weights, drawn by `ops.dummy.generate`; the shape is the weight's own, so it stands at the root).
     """
 
     op: str
