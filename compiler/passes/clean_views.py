@@ -1,0 +1,89 @@
+"""Compose chains of views, cancel the ones that undo each other, and drop those that change nothing.
+
+Tracing leaves pairs (heads first and back, a dim added and removed) between ops that agree on a layout. Whatever moves no
+element is a reshape; whatever only orders dims is a permute; chains of either become one or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ingot.ops import Graph
+from ingot.ops.target import Target
+from torch import fx
+
+from .match import calls, drop_unused, replace, same_shape
+
+_aten = torch.ops.aten
+_RESHAPES = (_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int,
+             _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default)  # fmt: skip
+_PERMUTES = (_aten.permute.default, _aten.transpose.int, _aten.t.default)
+_DROP_IF_ALIKE = (_aten.slice.Tensor, _aten.expand.default, _aten.reshape.default, _aten.alias.default)
+
+
+def clean_views(graph: Graph, target: Target) -> Graph:
+    graph = graph.copy()
+    for node in list(graph.fx.nodes):
+        if calls(node, *_RESHAPES):
+            _reshape(graph, node)
+        elif calls(node, *_PERMUTES):
+            _permute(graph, node)
+        elif calls(node, *_DROP_IF_ALIKE) and same_shape(node, node.args[0]):
+            replace(graph, node, node.args[0])
+    return drop_unused(graph)
+
+
+def _reshape(graph: Graph, node: fx.Node) -> None:
+    """reshape(reshape(x)) is reshape(x); one that keeps the shape is x."""
+    source = node.args[0]
+    while calls(source, *_RESHAPES):
+        source = source.args[0]
+    if same_shape(node, source):
+        replace(graph, node, source)
+        return
+    sizes = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+    if sizes.count(-1) > 1 or (node.target is _aten.reshape.default and node.args == (source, sizes)):
+        return
+    with graph.fx.inserting_before(node):
+        new = graph.call(_aten.reshape.default, source, sizes)
+    replace(graph, node, new)
+
+
+def _permute(graph: Graph, node: fx.Node) -> None:
+    """permute(permute(x)) is permute(x); one that keeps the order is x."""
+    dims, source = _order(node), node.args[0]
+    while calls(source, *_PERMUTES):
+        inner = _order(source)
+        dims, source = [inner[d] for d in dims], source.args[0]
+    if dims == list(range(len(dims))):
+        replace(graph, node, source)
+    elif source is not node.args[0]:
+        with graph.fx.inserting_before(node):
+            new = graph.call(_aten.permute.default, source, dims)
+        replace(graph, node, new)
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Which dim of the operand each dim of the result is."""
+    rank = node.meta["val"].dim()
+    order = list(range(rank))
+    if node.target is _aten.permute.default:
+        return [int(d) % rank for d in node.args[1]]
+    a, b = (0, rank - 1) if node.target is _aten.t.default else (int(d) % rank for d in node.args[1:3])
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def example() -> Graph:
+    from ingot.ops import InputSpec
+
+    from ..from_function import from_function
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> list[Any]:
+        heads = x.reshape(-1, 4, 8).transpose(0, 1)
+        back = heads.unsqueeze(0).squeeze(0).permute(1, 0, 2)
+        return [torch.nn.functional.silu(back).reshape(-1, 32)[:, 0:32].reshape(-1, 2, 16).reshape(-1, 32) + y]
+
+    f32 = torch.float32
+    return from_function(fn, {"x": InputSpec(f32, ("T", 32)), "y": InputSpec(f32, ("T", 32))})

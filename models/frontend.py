@@ -1,0 +1,253 @@
+"""From a transformers config to a Graph, by running transformers' own modeling code on tensors without data.
+
+The model is built on the meta device. One run of shapes finds the states and lets the swaps see how each piece is called;
+then the model runs once more under `make_fx`, with symbolic sizes, its parameters as inputs and the swaps in force.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+from ingot.ops import Graph, Recipe, Weight
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .canonical import canonicalize, gather_logits_rows
+from .swaps import Patch, Swap, patched
+from .swaps.attention import Attention
+from .swaps.context import Context, TraceError, tracing
+from .swaps.masks import Masks
+from .swaps.norm import Norm
+from .swaps.rope import Rope
+from .swaps.rotary_embedding import RotaryEmbedding
+from .unbatch import unbatch
+
+__all__ = ["TraceError", "architecture", "build", "trace"]
+
+_EXAMPLE = {"T": 13, "S": 3, "R": 5}
+
+
+def architecture(config: transformers.PreTrainedConfig) -> str:
+    """Name of the causal-LM class of `config`. TraceError if transformers has none for it."""
+    names = list(config.architectures or [])
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    for name in (*names, mapped):
+        if name is not None and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and hasattr(transformers, name):
+            return name
+    raise TraceError(
+        f"model type {config.model_type!r} ({', '.join(names) or 'no architectures given'}) is no causal language model of transformers "
+        f"{transformers.__version__}; models that bring their own code are not supported"
+    )
+
+
+def build(config: transformers.PreTrainedConfig, dtype: torch.dtype, device: str) -> transformers.PreTrainedModel:
+    """The model of a copy of `config`, in eval mode; on "meta" it holds no data. Parameters that transformers keeps in float32 are."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is traced is the mathematics; formats of weights are recipes
+    with torch.device(device):
+        model = getattr(transformers, architecture(config))._from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    if dtype != torch.float32:
+        kept = set(model._keep_in_fp32_modules_strict or ()) | (set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and kept & set(name.split(".")):
+                tensor.data = tensor.data.float()
+    return model
+
+
+def trace(config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, page_size: int = 16) -> Graph:
+    """The `forward` graph of the causal language model that `config` describes; see ARCHITECTURE.md for its inputs.
+
+    Activations and weights are `dtype`; caches are `kv_dtype` (default: what is written to them); a page holds `page_size`
+    tokens. TraceError if the model asks for something that the dialect cannot say.
+    """
+    model = build(config, dtype, "meta")
+    buffers = _real_buffers(model)
+    context = Context(page_size, kv_dtype)
+    swaps = _swaps(model, context, buffers)
+    with torch.no_grad(), tracing(context):
+        with patched([p for s in swaps for p in s.observers()]):
+            context.begin({})
+            step = torch.zeros(1, 7, dtype=torch.int32, device="meta")
+            _run(model, step, step)
+        patches = [p for s in swaps for p in s.patches()]
+        graph = _trace(model, context, patches, buffers)
+    graph = gather_logits_rows(unbatch(canonicalize(graph)))
+    _drop_unused(graph)
+    graph.verify()
+    return graph
+
+
+def _swaps(model: transformers.PreTrainedModel, context: Context, buffers: dict[str, torch.Tensor]) -> list[Swap]:
+    of_module: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+    for name, value in buffers.items():
+        parent, _, own = name.rpartition(".")
+        of_module.setdefault(model.get_submodule(parent), {})[own] = value
+    rope = Rope(model, context)
+    return [Masks(model, context), Attention(model, context), Norm(model, context), rope, RotaryEmbedding(model, context, of_module, rope)]
+
+
+def _run(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    return logits
+
+
+def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Values of the buffers that no checkpoint has, made as `from_pretrained` makes them: by the model's `_init_weights`."""
+    values: dict[str, torch.Tensor] = {}
+    owner: dict[str, transformers.PreTrainedModel] = {}
+    for prefix, module in model.named_modules():
+        parent = owner.get(prefix.rpartition(".")[0], model)
+        owner[prefix] = module if isinstance(module, transformers.PreTrainedModel) else parent
+        meta = {n: b for n, b in module._buffers.items() if n in module._non_persistent_buffers_set and b is not None}
+        if not meta:
+            continue
+        real = {n: torch.full_like(b, float("nan"), device="cpu") if b.is_floating_point() else torch.zeros_like(b, device="cpu") for n, b in meta.items()}
+        module._buffers.update(real)
+        owner[prefix]._init_weights(module)
+        module._buffers.update(meta)
+        for name, value in real.items():
+            full = f"{prefix}.{name}".lstrip(".")
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise TraceError(f"{type(module).__name__}: transformers does not say how the buffer {full} is made")
+            values[full] = value
+    return values
+
+
+def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[Patch], buffers: dict[str, torch.Tensor]) -> Graph:
+    sizes = _Sizes()
+    inputs = context.inputs()
+    values = {name: sizes.empty(spec.shape, spec.dtype) for name, spec in inputs.items()}
+    values |= {name: sizes.empty((f"N_{spec.group}", *spec.shape), spec.dtype) for name, spec in context.states.items()}
+    weights, constants = _weights(model, buffers)
+    tensors = {name: sizes.empty(w.shape, w.dtype) for name, w in weights.items()}
+    if clash := set(values) & {_identifier(n) for n in weights}:
+        raise TraceError(f"parameters named like step inputs: {', '.join(sorted(clash))}")
+
+    def run(*args: torch.Tensor) -> list[torch.Tensor]:
+        step = dict(zip(values, args, strict=False))
+        parameters = dict(zip(tensors, args[len(values) :], strict=True))
+        context.begin(step)
+        logits = torch.func.functional_call(_Step(model), {f"model.{n}": p for n, p in parameters.items()}, (step["input_ids"], step["positions"]))
+        return [logits.squeeze(0), *(context.values[n] for n in context.states)]
+
+    with patched(patches), sizes.mode:
+        module = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values.values(), *tensors.values())
+    sizes.check_guards(type(model).__name__)
+    names = [*values, *map(_identifier, tensors)]
+    for node, name in zip([n for n in module.graph.nodes if n.op == "placeholder"], names, strict=True):
+        node.name = node.target = name
+    graph = Graph(
+        fx=module.graph,
+        inputs=inputs,
+        states=dict(context.states),
+        weights={_identifier(n): w for n, w in weights.items()},
+        constants=constants,
+        symbols=sizes.names,
+    )
+    _lift_attributes(graph, module)
+    return graph
+
+
+class _Step(torch.nn.Module):
+    """The model on a packed step: a batch of one."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return _run(self.model, input_ids.unsqueeze(0), positions.unsqueeze(0))
+
+
+class _Sizes:
+    """Fake tensors over named symbolic sizes."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.names: dict[str, str] = {}  # symbol → size
+        self._sizes: dict[str, torch.SymInt] = {}
+
+    def _size(self, name: str | int) -> int | torch.SymInt:
+        if isinstance(name, int):
+            return name
+        if name.endswith("+1"):
+            return self._size(name.removesuffix("+1")) + 1
+        if name not in self._sizes:
+            example = torch.empty(_EXAMPLE.get(name, 17 + 2 * len(self._sizes)), device="meta")
+            dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            size = self.mode.from_tensor(example, symbolic_context=dynamic, source=ConstantSource(name)).shape[0]
+            self._sizes[name] = size
+            self.names[str(size.node.expr)] = name
+        return self._sizes[name]
+
+    def empty(self, shape: tuple[str | int, ...], dtype: torch.dtype) -> torch.Tensor:
+        sizes = [self._size(s) for s in shape]
+        with self.mode:
+            return torch.empty(sizes, dtype=dtype)
+
+    def check_guards(self, model: str) -> None:
+        """TraceError if the model took a branch that other sizes would not take."""
+        symbols = {s: n for s, n in self.names.items()}
+        for guard in self.mode.shape_env.guards:
+            free = sorted(guard.expr.free_symbols, key=str)
+            for probe in (2, 3, 64, 10007, 99991):
+                holds = guard.expr.subs({s: probe + i for i, s in enumerate(free)})
+                if holds != True:  # noqa: E712 — a sympy boolean
+                    raise TraceError(
+                        f"{model}: the code branches on {guard.expr} with {', '.join(f'{s} = {symbols.get(str(s), s)}' for s in free)}; a graph has one path for all steps"
+                    )
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _weights(model: transformers.PreTrainedModel, buffers: dict[str, torch.Tensor]) -> tuple[dict[str, Weight], dict[str, torch.Tensor]]:
+    """Every parameter and buffer of the model, once, under the name that a checkpoint gives it; and the constants."""
+    tied = set(model.all_tied_weights_keys)
+    weights: dict[str, Weight] = {}
+    seen: set[int] = set()
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, p in sorted(parameters, key=lambda item: item[0] in tied):
+        if id(p) not in seen:
+            seen.add(id(p))
+            weights[name] = Weight(Recipe("tensor", (name,)), p.dtype, tuple(p.shape))
+    for name, b in model.named_buffers():
+        recipe = Recipe("constant", (name,)) if name in buffers else Recipe("tensor", (name,))
+        weights[name] = Weight(recipe, b.dtype, tuple(b.shape))
+    order = {name: i for i, (name, _) in enumerate((*parameters, *model.named_buffers(remove_duplicate=False)))}
+    return dict(sorted(weights.items(), key=lambda item: order[item[0]])), dict(buffers)
+
+
+def _lift_attributes(graph: Graph, module: fx.GraphModule) -> None:
+    """Tensors that the code made from literals become constants."""
+    for node in list(graph.fx.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target)
+        name = f"constant_{node.target.strip('_')}"
+        if not isinstance(value, torch.Tensor) or value.is_meta or type(value) is not torch.Tensor:
+            raise TraceError(f"the model keeps {node.target} outside its parameters and buffers; its value is not known without a checkpoint")
+        with graph.fx.inserting_before(node):
+            placeholder = graph.add_weight(name, Weight(Recipe("constant", (name,)), value.dtype, tuple(value.shape)))
+        graph.constants[name] = value.clone()
+        node.replace_all_uses_with(placeholder)
+        graph.fx.erase_node(node)
+
+
+def _drop_unused(graph: Graph) -> None:
+    """Remove what nobody reads: dead calls, step inputs apart, and weights such as a second copy of the frequencies."""
+    graph.fx.eliminate_dead_code()
+    for name, node in graph.placeholders.items():
+        if name in graph.weights and not node.users:
+            graph.fx.erase_node(node)
+            recipe = graph.weights.pop(name).recipe
+            if recipe.op == "constant":
+                del graph.constants[recipe.params[0]]

@@ -1,0 +1,88 @@
+"""What swapped code needs beyond its arguments: the step's metadata and the states, given out in the order of the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from ingot.ops import InputSpec, StateSpec
+from ingot.ops.errors import IngotError
+
+
+class TraceError(IngotError):
+    """A model cannot be expressed in the dialect; the message names the module and what it asked for."""
+
+
+class Context:
+    """The states of a model: declared while its shapes run, handed out and replaced by newer versions while it is traced."""
+
+    def __init__(self, page_size: int, kv_dtype: torch.dtype | None) -> None:
+        self.page_size = page_size
+        self.kv_dtype = kv_dtype
+        self.states: dict[str, StateSpec] = {}
+        self.values: dict[str, torch.Tensor] = {}  # step inputs and current versions of the states; empty while shapes run
+        self._sites: dict[str, int] = {}
+
+    @property
+    def observing(self) -> bool:
+        return not self.values
+
+    def begin(self, values: dict[str, torch.Tensor]) -> None:
+        """Start a run of the model. Sites are numbered by call order: layers may share a block or attend twice."""
+        self.values = dict(values)
+        self._sites = {}
+
+    def inputs(self) -> dict[str, InputSpec]:
+        """The step inputs that a graph with these states takes."""
+        i32 = torch.int32
+        inputs = {
+            "input_ids": InputSpec(i32, ("T",)),
+            "positions": InputSpec(i32, ("T",)),
+            "cu_seqlens_q": InputSpec(i32, ("S+1",)),
+            "seq_lens": InputSpec(i32, ("S",)),
+            "logits_rows": InputSpec(i32, ("R",)),
+        }
+        for spec in self.states.values():
+            if spec.kind == "page":
+                inputs[f"page_table_{spec.group}"] = InputSpec(i32, ("S", f"P_{spec.group}"))
+                inputs[f"slot_mapping_{spec.group}"] = InputSpec(i32, ("T",))
+            else:
+                inputs["state_slots"] = InputSpec(i32, ("S",))
+        return inputs
+
+    def declare(self, **specs: StateSpec) -> list[str]:
+        """Names of the states `<kind>_<i>` of one call site, i counting the calls that use `<kind>`."""
+        names = []
+        for kind, spec in specs.items():
+            i = self._sites.get(kind, 0)
+            self._sites[kind] = i + 1
+            names.append(f"{kind}_{i}")
+            if self.observing:
+                self.states[names[-1]] = spec
+        return names
+
+    def kv_caches(self, k: torch.Tensor, v: torch.Tensor, group: str) -> list[str]:
+        """Names of the caches of an attention call with new k [T, K, E] and v [T, K, F]."""
+        dtype = self.kv_dtype or k.dtype
+        spec = [StateSpec(group, "page", dtype, (int(t.shape[1]), self.page_size, int(t.shape[2]))) for t in (k, v)]
+        return self.declare(k_cache=spec[0], v_cache=spec[1])
+
+
+_CURRENT: ContextVar[Context] = ContextVar("trace")
+
+
+def current() -> Context:
+    """The context of the trace that runs now."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def tracing(context: Context) -> Iterator[None]:
+    """Make `context` the current one."""
+    token = _CURRENT.set(context)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

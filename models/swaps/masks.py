@@ -1,0 +1,82 @@
+"""Attention masks: transformers' mask functions return what the mask is, instead of a tensor of what it hides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import masking_utils
+
+from . import Patch, Swap, modeling_files
+from .context import Context, TraceError
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A causal mask: `window` w > 0 sees the last w positions, `chunk` c > 0 the positions of the same block of c."""
+
+    window: int = 0
+    chunk: int = 0
+
+
+def _mask_function(name: str, geometry: Callable[[Any], Mask]) -> Callable[..., Mask]:
+    def create(config: Any, *args: Any, **kwargs: Any) -> Mask:
+        for extra in ("or_mask_function", "and_mask_function", "block_sequence_ids"):
+            if kwargs.get(extra) is not None:
+                raise TraceError(f"{type(config).__name__}: {name} is given {extra}, which paged attention does not know")
+        if getattr(config, "is_causal", True) is False:
+            raise TraceError(f"{type(config).__name__}: {name} with is_causal=False; a decoder's step attends to the past only")
+        return geometry(config)
+
+    return create
+
+
+def _not_causal(name: str) -> Callable[..., Mask]:
+    def create(config: Any, *args: Any, **kwargs: Any) -> Mask:
+        raise TraceError(f"{type(config).__name__}: {name}: attention to later tokens has no paged form")
+
+    return create
+
+
+def _window(config: Any) -> Mask:
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_window", None)
+    if not window:
+        raise TraceError(f"{type(config).__name__}: a sliding mask without config.sliding_window")
+    return Mask(window=int(window))
+
+
+FUNCTIONS: dict[str, Callable[..., Mask]] = {
+    "create_causal_mask": _mask_function("create_causal_mask", lambda config: Mask()),
+    "create_sliding_window_causal_mask": _mask_function("create_sliding_window_causal_mask", _window),
+    "create_chunked_causal_mask": _mask_function("create_chunked_causal_mask", lambda config: Mask(chunk=int(config.attention_chunk_size))),
+    "create_bidirectional_mask": _not_causal("create_bidirectional_mask"),
+    "create_bidirectional_sliding_window_mask": _not_causal("create_bidirectional_sliding_window_mask"),
+}
+
+
+class Masks(Swap):
+    """Nothing to verify: attention reads the geometry, and the oracle compares the whole."""
+
+    def __init__(self, model: torch.nn.Module, context: Context) -> None:
+        self.files = modeling_files(model)
+
+    def observers(self) -> list[Patch]:
+        return self.patches()
+
+    def patches(self) -> list[Patch]:
+        patches = []
+        for file in self.files:
+            patches += [Patch(file, name, function) for name, function in FUNCTIONS.items() if name in vars(file)]
+            patches += _mapping(file)
+        return patches + _mapping(masking_utils)
+
+
+def _mapping(file: Any) -> list[Patch]:
+    """A file may look its mask functions up by layer type."""
+    name = "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING"
+    if name not in vars(file):
+        return []
+    replace = {getattr(masking_utils, n): f for n, f in FUNCTIONS.items() if hasattr(masking_utils, n)}
+    return [Patch(file, name, {kind: replace[f] if callable(f) and f in replace else f for kind, f in vars(file)[name].items()})]
