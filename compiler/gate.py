@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from ingot.artifacts.launch import Bound
+from ingot.artifacts.bound import Loaded
 from ingot.ops import OPS
 from ingot.ops.dims import evaluate
 from ingot.ops.errors import IngotError
@@ -24,7 +23,7 @@ class GateError(IngotError):
     """No candidate for a call agrees with its reference."""
 
 
-def bind(candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Bound]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+def bind(candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Loaded | None]) -> tuple[list[torch.Tensor], Callable[[], None]]:
     """Outputs, poisoned with NaN, and a function that runs the candidate's launches on them. `kernels`: one a launch, None for library calls."""
     device = next(v.device for v in inputs.values() if isinstance(v, torch.Tensor))
     outputs = [_poisoned(t, sizes, device) for t in call.results]

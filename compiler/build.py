@@ -1,0 +1,289 @@
+"""`ingot compile`: a model in, an artifact out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ingot.ops.library  # noqa: F401  (registers the library claims)
+import msgspec
+import torch
+from ingot.artifacts.artifact import ArtifactWriter
+from ingot.artifacts.manifest import Group, ModelInfo, Options, State
+from ingot.artifacts.plan import Variant
+from ingot.artifacts.settings import settings
+from ingot.artifacts.store import Store
+from ingot.models import oracle, source
+from ingot.models.checkpoint import Checkpoint
+from ingot.models.frontend import trace
+from ingot.ops import Graph
+from ingot.ops.errors import IngotError
+from ingot.ops.target import Target, gpu, host, resolve
+
+from .codegen.emit import Emitter
+from .pipeline import count, lower
+from .plan import dtype_name, plan
+from .select import Selection, select
+from .variants import PAGE_SIZE, VariantSpec, variants
+from .weights import bind, pack
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class CompileError(IngotError):
+    """The options contradict each other or the model."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """The flags of `ingot compile`. None: decided from the target."""
+
+    target: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "none"
+    kv_cache_dtype: str = "auto"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    deterministic: bool = False
+    dummy_weights: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Where the artifact is, whether it was there before, and what compiling it did."""
+
+    path: Path
+    key: str
+    hit: bool
+    report: dict[str, Any]
+
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and the fraction of it that is done."""
+
+
+def compile_model(model: str, options: CompileOptions, *, output: Path | None = None, progress: Progress = lambda stage, done: None) -> BuildReport:
+    """Compile `model` (a folder, a hub id, or "bundled") unless the store has it already; with `output`, copy the artifact there.
+
+    Raises IngotError subclasses for anything that the user can mend, before the long work starts where it can be known.
+    """
+    start = time.perf_counter()
+    job = _Job.prepare(model, options)
+    store = Store(settings().home)
+    found = store.find(job.key)
+    report: dict[str, Any] = {}
+    if found is None:
+        with store.building(job.key, waiting=lambda: progress("waiting for another compiler of the same model", 0.0)) as writer:
+            if writer is not None:  # None: the other compiler finished it
+                report = job.build(writer, store, progress, start)
+    path = store.find(job.key)
+    assert path is not None
+    if output is not None:
+        store.copy_out(job.key, output)
+        path = output
+    return BuildReport(path, job.key, found is not None, report)
+
+
+@dataclass
+class _Job:
+    """A compilation: everything that its key hashes."""
+
+    source: source.ModelSource
+    target: Target
+    options: Options
+    dtype: torch.dtype
+    checkpoint: Checkpoint | None
+    key_inputs: dict[str, str]
+
+    @classmethod
+    def prepare(cls, model: str, options: CompileOptions) -> _Job:
+        found = source.resolve(model, trust_remote_code=options.trust_remote_code)
+        target = resolve(options.target)
+        config = found.config
+        if options.quantize != "none":
+            raise CompileError(f"--quantize {options.quantize} is unknown: this version knows none")
+        if options.kv_cache_dtype not in ("auto", options.dtype, *DTYPES):
+            raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype} is unknown: use auto, {', '.join(DTYPES)}")
+        dtype = _dtype(options.dtype, config, target)
+        kv_dtype = dtype_name(dtype) if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+        _check_admitted(config)
+        on_gpu = target.kind == "cuda"
+        resolved = Options(
+            dtype=dtype_name(dtype),
+            quantize=options.quantize,
+            kv_cache_dtype=kv_dtype,
+            max_num_seqs=options.max_num_seqs or (256 if on_gpu else 64),
+            max_num_batched_tokens=options.max_num_batched_tokens or (8192 if on_gpu else 512),
+            deterministic=options.deterministic,
+            dummy_weights=options.dummy_weights,
+        )
+        if resolved.max_num_batched_tokens < resolved.max_num_seqs:
+            raise CompileError(f"--max-num-batched-tokens {resolved.max_num_batched_tokens} is less than --max-num-seqs {resolved.max_num_seqs}: "
+                               "a decode step takes a token of every sequence")  # fmt: skip
+        checkpoint = None if options.dummy_weights else Checkpoint.open(found.folder)
+        inputs = {
+            "model": found.name,
+            "config": _sha(config.to_json_string()),
+            "generation_config": _sha(json.dumps(found.generation_config, sort_keys=True)),
+            "checkpoint": "seed 0" if checkpoint is None else checkpoint.fingerprint(),
+            "tokenizer": _sha(b"".join(f.read_bytes() for f in sorted(found.tokenizer_files))),
+            "target": str(target),
+            "options": json.dumps(msgspec.to_builtins(resolved), sort_keys=True),
+            "compiler": _compiler_fingerprint(),
+        }
+        return cls(found, target, resolved, dtype, checkpoint, inputs)
+
+    @property
+    def key(self) -> str:
+        return _sha(json.dumps(self.key_inputs, sort_keys=True))
+
+    def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> dict[str, Any]:
+        seconds: dict[str, float] = {}
+
+        def done(stage: str) -> None:
+            seconds[stage] = round(time.perf_counter() - start - sum(seconds.values()), 3)
+
+        dump = settings().dump
+        done("prepare")
+        progress("trace", 0.0)
+        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=DTYPES[self.options.kv_cache_dtype], page_size=PAGE_SIZE)
+        traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
+        done("trace")
+        progress("lower", 0.0)
+        graph, counts = lower(traced, self.target, dump)
+        done("lower")
+        specs = variants(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
+        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
+            emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
+            device = _device(self.target)
+            selection = select(graph, specs, self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)))
+            done("kernels")
+            plans = [_plan(graph, spec, selection) for spec in specs]
+            for variant in plans:
+                writer.add_plan(variant)
+            used = {e.kernel for v in plans for e in v.entries if e.backend != "torch"}
+            kernels = [selection.kernels[name] for name in sorted(used)]
+            for kernel in kernels:
+                binary, text = emitted.files(kernel.name)
+                writer.add_kernel(kernel, binary, text)
+                if dump is not None:
+                    (dump / "kernels").mkdir(exist_ok=True)
+                    (dump / kernel.source).write_text(text)
+        done("plan")
+        progress("pack weights", 0.0)
+        speed = pack(graph, self.checkpoint, writer, lambda f: progress("pack weights", f))
+        done("weights")
+        for file in self.source.tokenizer_files:
+            writer.add_file(f"tokenizer/{file.name}", file.read_bytes())
+        writer.add_file("config.json", self.source.config.to_json_string().encode())
+        report = {
+            "nodes": counts,
+            "calls": count(graph),
+            "kernels": {b: sum(k.backend == b for k in kernels) for b in ("triton", "tvm")},
+            "entries": {v.name: {b: sum(e.backend == b for e in v.entries) for b in ("triton", "tvm", "torch")} for v in plans},
+            "kernels_compiled": emitted.compiled,
+            "gate": {k.name: k.gate for k in kernels},
+            "rejected": selection.rejected,
+            "weights_gb_per_s": round(speed, 3),
+            "seconds": seconds | {"total": round(time.perf_counter() - start, 3)},
+        }
+        writer.finish(
+            key=self.key,
+            key_inputs=self.key_inputs,
+            target=self.target,
+            model=self._model_info(graph),
+            options=self.options,
+            groups=_groups(graph),
+            states=tuple(State(n, s.group, dtype_name(s.dtype), s.shape) for n, s in graph.states.items()),
+            report=report,
+        )
+        return report
+
+    def _model_info(self, graph: Graph) -> ModelInfo:
+        config = self.source.config
+        text = config.get_text_config(decoder=True)
+        logits = graph.fx.output_node().args[0][0].meta["val"]
+        return ModelInfo(
+            name=self.source.name,
+            architecture=(config.architectures or [type(config).__name__])[0],
+            model_type=config.model_type,
+            vocab_size=int(logits.shape[-1]),
+            max_model_len=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
+            eos_token_ids=tuple(self.source.eos_token_ids),
+            dtype=self.options.dtype,
+            num_parameters=sum(_product(w.shape) for w in graph.weights.values() if w.recipe.op != "constant"),
+        )
+
+
+def _plan(graph: Graph, spec: VariantSpec, selection: Selection) -> Variant:
+    return plan(graph, spec.steps, spec.name, selection.choose(spec.steps), capture=spec.capture)
+
+
+def _device(target: Target) -> torch.device | None:
+    """The device that can run the target's kernels here, or None."""
+    if target.kind == "cuda":
+        here = gpu()
+        return torch.device("cuda") if here is not None and here.isa == target.isa else None
+    return torch.device("cpu") if target.features <= host().features else None
+
+
+def _dtype(name: str, config: Any, target: Target) -> torch.dtype:
+    if name == "auto":
+        dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None) or torch.bfloat16
+        return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+    if name not in DTYPES:
+        raise CompileError(f"--dtype {name} is unknown: use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_admitted(config: Any) -> None:
+    architecture = (config.architectures or ["?"])[0]
+    for verdict in oracle.load():
+        if verdict.architecture == architecture and not verdict.admitted:
+            raise CompileError(f"{architecture} is not supported: {verdict.reason} (see `ingot models`)")
+
+
+def _groups(graph: Graph) -> tuple[Group, ...]:
+    groups: dict[str, Group] = {}
+    for state in graph.states.values():
+        known = groups.get(state.group)
+        size = state.dtype.itemsize * _product(state.shape)
+        window = int(state.group.removeprefix("window")) if state.group.startswith("window") else 0
+        page_size = state.shape[1] if state.kind == "page" else 0
+        groups[state.group] = Group(state.group, state.kind, page_size, size + (known.bytes_per_unit if known else 0), window)
+    return tuple(groups.values())
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result
+
+
+def _sha(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def _compiler_fingerprint() -> str:
+    """Changes with anything that could change the artifact: our own sources, and the libraries that trace and generate."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for package in ("ops", "compiler", "models", "artifacts"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers", "triton", "apache-tvm") if _installed(p)]
+    return f"{digest.hexdigest()[:16]} {', '.join(versions)}"
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec({"apache-tvm": "tvm"}.get(package, package)) is not None

@@ -1,0 +1,83 @@
+"""Sources → compiled kernels: from the store's cache when they were compiled before, else through the backend's compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ingot.artifacts.bound import Loaded, load
+from ingot.artifacts.plan import Kernel
+from ingot.artifacts.store import Store
+from ingot.ops.kernel import Source
+from ingot.ops.target import Target, gpu, host
+
+from . import triton, tvm
+
+_HEADER = "# kernel: "
+"""First line of a kernel's text in the store: what a launch needs to know, so that a cached binary needs no compiler."""
+
+
+class Emitter:
+    """Compiles what `select` asks for; afterwards `files(name)` gives a kernel's binary and source text.
+
+    `folder` holds the binaries while they are loaded; `progress` gets (done, of).
+    """
+
+    def __init__(self, target: Target, store: Store, folder: Path, progress: Callable[[int, int], None]) -> None:
+        self.target, self.store, self.folder, self.progress = target, store, folder, progress
+        self.compiled = 0
+        here = gpu() if target.kind == "cuda" else host()
+        self.runs_here = here is not None and (here.isa == target.isa if target.kind == "cuda" else target.features <= here.features)
+        self._binaries: dict[str, bytes] = {}
+        self._texts: dict[str, str] = {}
+
+    def __call__(self, sources: Iterable[Source]) -> dict[Source, tuple[Kernel, Loaded | None]]:
+        kernel_name = triton.kernel_name if self.target.kind == "cuda" else tvm.kernel_name
+        named = {source: kernel_name(source, self.target) for source in sources}
+        missing: dict[str, Source] = {}
+        for source, name in named.items():
+            cached = self.store.kernel(name)
+            if cached is None:
+                missing[name] = source
+            else:
+                self._binaries[name], self._texts[name] = cached
+        self._compile(missing)
+        kernels: dict[str, tuple[Kernel, Loaded | None]] = {}
+        for source, name in named.items():
+            if name not in kernels:
+                kernels[name] = self._finish(source, name)
+        return {source: kernels[name] for source, name in named.items()}
+
+    def files(self, name: str) -> tuple[bytes, str]:
+        """A kernel's binary and the text that it was compiled from."""
+        return self._binaries[name], self._texts[name]
+
+    def _compile(self, missing: dict[str, Source]) -> None:
+        self.compiled += len(missing)
+        jobs = os.cpu_count() or 1
+        launches: dict[str, dict[str, object]] = {}
+        if self.target.kind == "cuda" and missing:
+            for c in triton.compile_sources(list(missing.values()), self.target, jobs, self.progress):
+                self._binaries[c.name] = c.binary
+                launches[c.name] = {"symbol": c.symbol, "num_warps": c.num_warps, "shared_bytes": c.shared_bytes, "launch_pdl": c.launch_pdl}
+        elif missing:
+            for path in tvm.compile_sources(list(missing.values()), self.target, self.folder, jobs):
+                self._binaries[path.stem] = path.read_bytes()
+        for name, source in missing.items():
+            facts = {"symbol": source.symbol} | launches.get(name, {})
+            details = {"signature": source.signature, "constants": {k: repr(v) for k, v in source.constants.items()}} if source.signature else {}
+            self._texts[name] = f"{_HEADER}{json.dumps(facts | details)}\n{source.text}"
+
+    def _finish(self, source: Source, name: str) -> tuple[Kernel, Loaded | None]:
+        suffix = "cubin" if self.target.kind == "cuda" else "so"
+        facts = json.loads(self._texts[name].partition("\n")[0].removeprefix(_HEADER))
+        launch = {k: facts[k] for k in ("symbol", "num_warps", "shared_bytes", "launch_pdl") if k in facts}
+        kernel = Kernel(name=name, family=source.family, backend=source.backend, file=f"kernels/{name}.{suffix}", source=f"kernels/{name}.py", **launch)  # type: ignore[arg-type]
+        if not self.runs_here:
+            return kernel, None
+        path = self.folder / f"{name}.{suffix}"
+        if not path.exists():
+            path.write_bytes(self._binaries[name])
+        return kernel, load(kernel, path)
