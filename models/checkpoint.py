@@ -5,6 +5,8 @@ A file's header says every name, dtype and shape; data is mapped, and read when 
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import math
@@ -252,8 +254,6 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def _convert(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, tuple[Recipe, torch.Size]], list[str], list[str]]:
     """(recipe and shape by parameter name, names that nothing uses, what went wrong), as `convert_and_load_state_dict_in_model` would."""
-    import copy
-
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -279,8 +279,8 @@ def _convert(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, 
         if transform is None:
             transform = WeightRenaming(name, renamed) if pattern is None else copy.deepcopy(by_pattern[pattern])
             groups[renamed] = transform
-        info = checkpoint.infos[name]
-        transform.add_tensor(renamed, name, name if pattern is None else pattern, lambda n=name, i=info: recorder.source(n, i.shape, i.dtype))
+        source: Any = functools.partial(recorder.source, name, checkpoint.infos[name].shape, checkpoint.infos[name].dtype)
+        transform.add_tensor(renamed, name, name if pattern is None else pattern, source)
 
     made: dict[str, tuple[Recipe, torch.Size]] = {}
     problems = []

@@ -41,15 +41,20 @@ class Recorder(TorchDispatchMode):
             raise RecorderError("a conversion uses a tensor that is not in the checkpoint") from None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        first = args[0][0] if args and isinstance(args[0], (list, tuple)) else args[0] if args else None
-        if first not in self._recipes:  # an allocation of `source`
-            return out
+        many = bool(args) and isinstance(args[0], (list, tuple))
+        operands = list(args[0]) if many else list(args[:1])
+        recipes = [self._recipes.get(t) for t in operands]
+        if not recipes or None in recipes:  # an allocation; or a result that is no source's, which `recipe` refuses when it is asked for
+            return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         if name not in _RULES:
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
             raise RecorderError(f"a conversion calls {func}, which a recipe cannot say")
-        inputs = [self.recipe(t) for t in args[0]] if isinstance(args[0], (list, tuple)) else self.recipe(first)
-        made = _RULES[name](inputs, first.shape, out, *args[1:])
+        out = func(*args, **(kwargs or {}))
+        made = _RULES[name](recipes if many else recipes[0], operands[0].shape, out, *args[1:])
         for tensor, recipe in zip(out, made, strict=True) if isinstance(made, list) else [(out, made)]:
             self._recipes[tensor] = recipe
         return out
@@ -98,7 +103,13 @@ def _reshape(x: Recipe, shape: torch.Size, out: torch.Tensor, *_: Any) -> Recipe
     return Recipe("reshape", tuple(out.shape), (x,))
 
 
-_RULES: dict[str, Callable[..., Recipe | list[Recipe]]] = {
+def _same(x: Recipe, *_: Any) -> Recipe:
+    return x
+
+
+_RULES: dict[str, Callable[..., Any]] = dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"), _reshape)
+_RULES |= dict.fromkeys(("clone", "contiguous", "alias", "detach"), _same)
+_RULES |= {
     "cat": lambda xs, shape, out, dim=0: Recipe("cat", (dim % len(shape),), tuple(xs)),
     "stack": lambda xs, shape, out, dim=0: Recipe("stack", (dim % out.dim(),), tuple(xs)),
     "split": _split,
@@ -109,5 +120,4 @@ _RULES: dict[str, Callable[..., Recipe | list[Recipe]]] = {
     "transpose": _transpose,
     "t": _transpose,
     "permute": _permute,
-} | dict.fromkeys(("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"), _reshape)  # fmt: skip
-_RULES |= dict.fromkeys(("clone", "contiguous", "alias", "detach"), lambda x, shape, out, *_: x)
+}

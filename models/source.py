@@ -1,0 +1,125 @@
+"""Where a model comes from: a local folder, a hub id, or the bundled model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ingot.ops.errors import IngotError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BUNDLED = Path(__file__).parent / "bundled"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json",
+)  # fmt: skip
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+class SourceError(IngotError):
+    """The model cannot be found, or is of a kind that transformers does not define."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder and what its small files say. There may be no weights: `config.json` alone is a model with dummy weights."""
+
+    name: str  # the folder's name, or the hub id's last part
+    folder: Path
+    config: PretrainedConfig
+    generation_config: dict[str, Any]
+    tokenizer_files: tuple[Path, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+def resolve(name: str | None, *, trust_remote_code: bool = False, weights: bool = True) -> ModelSource:
+    """The model called `name`: a folder, a hub id ("org/model"), or None or "bundled".
+
+    A hub id is downloaded once (configuration, tokenizer, and safetensors unless `weights` is false) to Hugging Face's own cache, which
+    `HF_HOME` moves; with `HF_HUB_OFFLINE` only that cache is asked. No code of the repository runs unless `trust_remote_code`.
+    SourceError: there is no such model, it has no config.json, or transformers does not define its model_type.
+    """
+    if name is None or name == "bundled":
+        return _from_folder("bundled", BUNDLED, trust_remote_code)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(path.resolve().name, path, trust_remote_code)
+    if path.exists():
+        raise SourceError(f"{name} is a file; name the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise SourceError(f"there is no folder {name}; a model is a folder with a config.json, a hub id such as Qwen/Qwen3-0.6B, or bundled")
+    return _from_folder(name.split("/")[1], _download(name, trust_remote_code, weights), trust_remote_code)
+
+
+def _download(repo: str, trust_remote_code: bool, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = [*_CONFIG_FILES, *_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if trust_remote_code else ())]
+    by_hand = f"download it where there is a network, with `hf download {repo}`, and name the folder"
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="*/*"))
+    except HFValidationError as e:
+        raise SourceError(f"{repo} is neither a folder nor a hub id: {e}") from None
+    except GatedRepoError:
+        raise SourceError(f"{repo} is gated: accept its terms on its page on the hub, then log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise SourceError(f"{repo} is not on the hub, or is private: check the spelling, or log in with `hf auth login`") from None
+    except LocalEntryNotFoundError:
+        raise SourceError(f"{repo} is neither a folder nor in the local cache, and the hub cannot be reached; {by_hand}") from None
+    except OSError as e:
+        raise SourceError(f"{repo} could not be downloaded ({e}); try again, or {by_hand}") from None
+
+
+def _from_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelSource:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{folder} has no config.json; a model's folder holds the files that `save_pretrained` writes")
+    config = _config(file, trust_remote_code)
+    generation_file = folder / "generation_config.json"
+    generation = _json(generation_file) if generation_file.is_file() else {}
+    eos = generation.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
+    return ModelSource(
+        name=name,
+        folder=folder,
+        config=config,
+        generation_config=generation,
+        tokenizer_files=tuple(folder / f for f in _TOKENIZER_FILES if (folder / f).is_file()),
+        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+    )
+
+
+def _config(file: Path, trust_remote_code: bool) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    raw = _json(file)
+    kind = raw.get("model_type")
+    if kind in CONFIG_MAPPING or ("auto_map" in raw and trust_remote_code):
+        try:
+            return AutoConfig.from_pretrained(file.parent, trust_remote_code=trust_remote_code)
+        except (StrictDataclassError, ValueError, TypeError, KeyError) as e:
+            raise SourceError(f"{file} does not describe a {kind} model: {e}") from None
+    if "auto_map" in raw:
+        raise SourceError(f"{file.parent} brings its own modeling code ({raw['auto_map']}): read it, then pass --trust-remote-code to run it")
+    if kind is None:
+        raise SourceError(f"{file} has no model_type; transformers needs one to choose a model class")
+    near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise SourceError(f"{file}: transformers defines no model_type {kind!r}{hint} (a newer transformers may)")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise SourceError(f"{file} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{file} should hold a JSON object")
+    return value
