@@ -43,7 +43,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         many = bool(args) and isinstance(args[0], (list, tuple))
         operands = list(args[0]) if many else list(args[:1])
-        recipes = [self._recipes.get(t) for t in operands]
+        recipes = [self._recipes.get(t) if isinstance(t, torch.Tensor) else None for t in operands]
         if not recipes or None in recipes:  # an allocation; or a result that is no source's, which `recipe` refuses when it is asked for
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
