@@ -1,0 +1,102 @@
+"""A plan and the sizes of a step become a list of calls on tensors that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ingot.artifacts.bound import Loaded
+from ingot.artifacts.plan import Arg, Entry, Value, Variant
+from ingot.ops import OPS
+from ingot.ops.dims import evaluate
+from ingot.ops.library import CALLS
+
+
+@dataclass(frozen=True)
+class BoundPlan:
+    """A plan for one step size. Running it reads the inputs that are in `roots` then, and overwrites the results of its last run."""
+
+    calls: tuple[Callable[[], object], ...]
+    results: tuple[torch.Tensor, ...]
+
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def bind(
+    variant: Variant, sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor, kernels: Mapping[str, Loaded], device: torch.device
+) -> BoundPlan:
+    """Bind `variant` for a step of these `sizes`. `roots`: inputs (as large as they get), states and weights by name; `arena` is bytes."""
+    by_name = {v.name: v for v in variant.values}
+    tensors: dict[str, torch.Tensor] = {}
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in tensors:
+            tensors[name] = _tensor(by_name[name], by_name, sizes, roots, arena)
+        return tensors[name]
+
+    def value(arg: Arg) -> Any:
+        if arg.value is not None:
+            t = tensor(arg.value)
+            return t.view(getattr(torch, arg.view)) if arg.view else t
+        if arg.items is not None:
+            return [value(i) for i in arg.items]
+        if arg.dim is not None:
+            return evaluate(arg.dim, sizes)
+        if arg.number:
+            return float(arg.number)
+        if arg.dtype:
+            return getattr(torch, arg.dtype)
+        return device if arg.device else arg.const
+
+    calls: list[Callable[[], object]] = []
+    for entry in variant.entries:
+        args = [value(a) for a in entry.args]
+        if entry.backend == "torch":
+            calls.append(_eager(entry, args, {k: value(v) for k, v in entry.kwargs.items()}, [tensor(o) for o in entry.outputs]))
+        else:
+            grid = tuple(-(-evaluate(g.dim, sizes) // g.block) for g in entry.grid)
+            calls.append(kernels[entry.kernel].bind(args, grid))
+    return BoundPlan(tuple(calls), tuple(tensor(r) for r in variant.results))
+
+
+def _tensor(value: Value, values: Mapping[str, Value], sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor) -> torch.Tensor:
+    shape = [evaluate(d, sizes) for d in value.shape]
+    root = values[value.root] if value.root else value
+    if root.storage == "arena":
+        dtype = getattr(torch, root.dtype)
+        base = arena[root.arena_offset :].view(dtype) if root.arena_offset < arena.numel() else arena[:0].view(dtype)
+    else:
+        base = roots[root.name]
+    if value.strides is not None:
+        strides = [evaluate(d, sizes) for d in value.strides]
+    else:
+        strides = [1] * len(shape)
+        for i in range(len(shape) - 2, -1, -1):
+            strides[i] = strides[i + 1] * max(shape[i + 1], 1)
+    return base.as_strided(shape, strides, base.storage_offset() + evaluate(value.offset, sizes))
+
+
+def _eager(entry: Entry, args: list[Any], kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> Callable[[], object]:
+    """A library call, or a reference or aten op whose results are copied to their places."""
+    if entry.kernel:
+        fn = CALLS[entry.kernel]
+        return lambda: fn(*args)
+    namespace, _, name = entry.target.partition(".")
+    op = OPS[name].reference if namespace == "ingot" else _aten(name)
+
+    def run() -> None:
+        results = op(*args, **kwargs)
+        for place, result in zip(outputs, results if isinstance(results, (tuple, list)) else () if results is None else (results,), strict=True):
+            place.copy_(result)
+
+    return run
+
+
+def _aten(name: str) -> Callable[..., Any]:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")

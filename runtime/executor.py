@@ -1,0 +1,126 @@
+"""The executor: a step's batch in, sampled tokens out. It owns the device: weights, states, arena, plans."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from ingot.artifacts import weights
+from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.bound import Loaded, load
+from ingot.artifacts.plan import Variant
+
+from .batch import StepBatch
+from .bind import BoundPlan, bind
+from .cuda_graph import CapturedPlan, capture
+from .engine import ExecutorInfo, GroupInfo
+from .memory import MemoryPlan
+from .sampler import Sampled, sample
+
+Progress = Callable[[str, float], None]
+BOUND_PLANS = 64
+"""Step sizes whose plans stay bound; a decode step of a size seen before costs no binding."""
+
+
+class Executor:
+    """Runs the artifact's plans on this machine's device. `memory` says how many pages and slots there are."""
+
+    def __init__(self, artifact: Artifact, plans: dict[str, Variant], memory: MemoryPlan, progress: Progress = lambda stage, done: None) -> None:
+        manifest = artifact.manifest
+        self.device = torch.device("cuda" if manifest.target.kind == "cuda" else "cpu")
+        self._variants = sorted(plans.values(), key=lambda v: (v.max_num_new, v.max_tokens))
+        groups = {g.name: GroupInfo(g.kind, g.page_size, memory.num_units[g.name]) for g in manifest.groups}
+        self.info = ExecutorInfo(
+            groups=groups,
+            max_num_seqs=manifest.options.max_num_seqs,
+            max_num_batched_tokens=manifest.options.max_num_batched_tokens,
+            max_model_len=memory.max_model_len,
+            vocab_size=manifest.model.vocab_size,
+            max_rows=max(v.max_rows for v in plans.values()),
+        )
+        # modules first: on a nearly full card their first load takes minutes
+        used = {e.kernel for v in plans.values() for e in v.entries if e.backend != "torch"}
+        self._kernels: dict[str, Loaded] = {k.name: load(k, artifact.path(k.file)) for k in manifest.kernels if k.name in used}
+        progress("load weights", 0.0)
+        self._roots = weights.load(artifact, self.device, progress=lambda done, of: progress("load weights", done / max(of, 1)))
+        for state in manifest.states:
+            # zeros, so that no NaN of old memory meets a zero probability
+            self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
+        self._inputs = self._step_inputs()
+        self._roots |= self._inputs
+        self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
+        self._bound: OrderedDict[tuple[str, int, int, int], BoundPlan] = OrderedDict()
+        self._captured: dict[str, CapturedPlan] = {}
+        self._capture(progress)
+
+    def step(self, batch: StepBatch) -> Sampled:
+        """Compute the batch's new tokens and sample at its logits rows."""
+        rows = batch.num_rows
+        variant = self._variant(batch)
+        if variant.capture:
+            n = variant.max_seqs
+            self._stage(batch.pad_to(n, n, n))
+            plan: BoundPlan | CapturedPlan = self._captured[variant.name]
+        else:
+            self._stage(batch)
+            plan = self._bind(variant, batch.num_tokens, batch.num_seqs, rows)
+        plan.run()
+        return sample(plan.results[0][:rows], batch.sampling)
+
+    def _variant(self, batch: StepBatch) -> Variant:
+        decode = batch.num_tokens == batch.num_seqs == batch.num_rows
+        for v in self._variants:
+            if v.capture and (not decode or v.name not in self._captured):
+                continue
+            if batch.num_tokens <= v.max_tokens and batch.num_seqs <= v.max_seqs and batch.max_num_new <= v.max_num_new and batch.num_rows <= v.max_rows:
+                return v
+        raise ValueError(f"no variant takes {batch.num_tokens} tokens of {batch.num_seqs} sequences with {batch.num_rows} logits rows")
+
+    def _step_inputs(self) -> dict[str, torch.Tensor]:
+        info = self.info
+        tokens, seqs = info.max_num_batched_tokens, info.max_num_seqs
+        sizes: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "positions": (tokens,), "cu_seqlens_q": (seqs + 1,), "seq_lens": (seqs,)}
+        sizes["logits_rows"] = (max(info.max_rows, seqs),)
+        for name, group in info.groups.items():
+            if group.kind == "page":
+                sizes[f"page_table_{name}"] = (seqs, self._columns(group))
+                sizes[f"slot_mapping_{name}"] = (tokens,)
+            else:
+                sizes["state_slots"] = (seqs,)
+        return {n: torch.zeros(s, dtype=torch.int32, device=self.device) for n, s in sizes.items()}
+
+    def _columns(self, group: GroupInfo) -> int:
+        return -(-self.info.max_model_len // group.page_size)
+
+    def _stage(self, batch: StepBatch) -> None:
+        for name, array in batch.inputs().items():
+            place = self._inputs[name]
+            place[: array.shape[0]].copy_(torch.from_numpy(array), non_blocking=True)
+
+    def _bind(self, variant: Variant, tokens: int, seqs: int, rows: int) -> BoundPlan:
+        key = (variant.name, tokens, seqs, rows)
+        if key in self._bound:
+            self._bound.move_to_end(key)
+            return self._bound[key]
+        sizes = {"T": tokens, "S": seqs, "R": rows}
+        for name, group in self.info.groups.items():
+            sizes[f"N_{name}"] = group.num_units
+            if group.kind == "page":
+                sizes[f"P_{name}"] = self._columns(group)
+        plan = bind(variant, sizes, self._roots, self._arena, self._kernels, self.device)
+        self._bound[key] = plan
+        if len(self._bound) > BOUND_PLANS:
+            self._bound.popitem(last=False)
+        return plan
+
+    def _capture(self, progress: Progress) -> None:
+        """Capture every decode variant, largest first, so that the pool is allocated once."""
+        variants = [v for v in reversed(self._variants) if v.capture]
+        pool = torch.cuda.graph_pool_handle() if variants else None
+        for i, v in enumerate(variants):
+            progress("capture CUDA graphs", i / len(variants))
+            n = v.max_seqs
+            self._stage(StepBatch.padding(n, self.info))
+            self._captured[v.name] = capture(self._bind(v, n, n, n), pool)

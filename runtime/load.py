@@ -1,0 +1,43 @@
+"""An artifact becomes an engine: checked, planned, loaded."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.settings import settings
+from ingot.ops.target import check_runs_here
+
+from .engine import Engine, EngineOptions
+from .executor import Executor, Progress
+from .memory import plan_memory
+from .tokenizer import Tokenizer
+
+
+def load_engine(path: Path | str, options: EngineOptions, progress: Progress = lambda stage, done: None) -> Engine:
+    """Open the artifact at `path` and make it ready: nothing is compiled, captured or allocated after this returns.
+
+    Raises ArtifactError (damaged), TargetError (made for another machine) and MemoryPlanError (does not fit) before weights are read.
+    """
+    start = time.perf_counter()
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    check_runs_here(manifest.target, f"ingot compile {manifest.model.name} --target auto")
+    if manifest.target.kind == "cpu":
+        torch.set_num_threads(options.num_threads or settings().num_threads)
+    plans = {name: artifact.plan(name) for name in manifest.variants}
+    memory = plan_memory(
+        artifact,
+        max(v.arena_bytes for v in plans.values()),
+        max_model_len=options.max_model_len,
+        utilization=options.gpu_memory_utilization,
+        num_pages=options.num_pages,
+    )
+    executor = Executor(artifact, plans, memory, progress)
+    tokenizer = Tokenizer.load(artifact.root / "tokenizer") if (artifact.root / "tokenizer" / "tokenizer.json").exists() else None
+    engine = Engine(executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching, max_num_batched_tokens=options.max_num_batched_tokens)
+    progress(f"ready in {time.perf_counter() - start:.1f} s", 1.0)
+    return engine

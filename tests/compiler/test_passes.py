@@ -1,0 +1,77 @@
+"""Every pass: its example changes, both sides compute the same, and the graph still verifies."""
+
+import pytest
+import torch
+from ingot.compiler.pipeline import PIPELINE, count
+from ingot.ops import Graph
+from ingot.ops.graph import op_of
+from ingot.ops.target import Target
+
+CPU = Target("cpu", "x86-64:avx2+fma", "")
+
+
+def modules():
+    import importlib
+
+    return {p.__name__: (p, importlib.import_module(p.__module__)) for p in PIPELINE}
+
+
+def values(graph: Graph, tokens: int) -> dict[str, torch.Tensor]:
+    sizes = {"T": tokens, "S": 2, "R": 3}
+    made = {}
+    for name, spec in graph.inputs.items():
+        shape = [sizes[n] if isinstance(n, str) else n for n in spec.shape]
+        made[name] = torch.randperm(4 * 16)[: shape[0]].to(spec.dtype) if name.startswith("slot_mapping") else torch.randn(shape, dtype=spec.dtype)
+    made |= {n: torch.randn(4, *s.shape, dtype=s.dtype) for n, s in graph.states.items()}
+    return made
+
+
+def weights(before: Graph, after: Graph) -> dict[str, torch.Tensor]:
+    tensors = {n: torch.randn(w.shape, dtype=w.dtype) for n, w in before.weights.items()}
+    return tensors | {n: w.recipe.run(tensors, after.constants) for n, w in after.weights.items()}
+
+
+@pytest.mark.parametrize("name", [p.__name__ for p in PIPELINE])
+@pytest.mark.parametrize("tokens", [1, 2, 13])
+def test_both_sides_agree(name: str, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    run, module = modules()[name]
+    before = module.example()
+    text = str(before)
+    after = run(before, CPU)
+    after.verify()
+    assert str(before) == text, "a pass must not change its argument"
+    assert str(after) != text, "the example must show what the pass does"
+    inputs, params = values(before, tokens), weights(before, after)
+    old_results, old_states = before.run({**inputs, **{n: params[n] for n in before.weights}})
+    new_results, new_states = after.run({**inputs, **{n: params[n] for n in after.weights}})
+    for a, b in zip([*old_results, *old_states.values()], [*new_results, *new_states.values()], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+EXPECTED = {
+    "merge_siblings": {"linear": 1},
+    "fuse_glu": {"linear_glu": 2},
+    "fuse_residual": {"linear_add": 1},
+    "fuse_add_norm": {"add_rms_norm": 1},
+    "fuse_rope_kv": {"qkv_rope_kv_write": 1},
+    "clean_views": {},
+}
+
+
+def test_every_pass_has_an_expectation() -> None:
+    assert set(EXPECTED) == {p.__name__ for p in PIPELINE}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_what_is_left(name: str) -> None:
+    run, module = modules()[name]
+    after = run(module.example(), CPU)
+    ops: dict[str, int] = {}
+    for node in after.fx.nodes:
+        spec = op_of(node)
+        if spec is not None:
+            ops[spec.name] = ops.get(spec.name, 0) + 1
+    assert ops == EXPECTED[name]
+    if name == "clean_views":
+        assert count(after) == 4  # heads, silu, rows again, sum
