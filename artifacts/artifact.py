@@ -42,7 +42,7 @@ class Artifact:
         """Read the manifest and check every file against it. ArtifactError names the file that is missing, truncated or damaged."""
         root = Path(path).absolute()
         if not (root / MANIFEST).is_file():
-            raise ArtifactError(f"{root} is not an artifact: it has no {MANIFEST}; give a folder that `ingot compile -o` wrote, or a key")
+            raise ArtifactError(f"{root} is not an artifact: it has no {MANIFEST}; give a folder that `ingot compile -o` wrote; if this was one, {AGAIN}")
         artifact = cls(root, decode(read(root / MANIFEST), root / MANIFEST))
         for relative in artifact.manifest.files:
             artifact.read(relative)
@@ -54,6 +54,10 @@ class Artifact:
         if relative not in self.manifest.files and relative not in (MANIFEST, WEIGHTS):
             raise ArtifactError(f"{self.root} has no file {relative}; it has {', '.join(self.manifest.files)}")
         return self.root / relative
+
+    def relative_paths(self) -> list[str]:
+        """Every file, the manifest first and the weights last."""
+        return [MANIFEST, *self.manifest.files, *([WEIGHTS] if self.manifest.weight_chunks else [])]
 
     def read(self, relative: str) -> bytes:
         """A file's bytes, checked. ArtifactError when they are not those that were written."""

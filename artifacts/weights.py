@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ingot.ops.dummy import generate
 from ingot.ops.graph import Recipe
 
 from .artifact import Artifact
@@ -66,7 +67,7 @@ class WeightsWriter:
         self._chunks.write(memoryview(bytes(-self._chunks.size % ALIGNMENT)))
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._record(name, tensor.dtype, tuple(tensor.shape), self._chunks.size, data.numel(), recipe)
-        self._chunks.write(memoryview(data.numpy()))
+        self._chunks.write(data.numpy().data)
         self.seconds += time.perf_counter() - start
 
     def add_seed(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], recipe: Recipe) -> None:
@@ -147,7 +148,7 @@ def _copy(artifact: Artifact, device: torch.device, threads: int, progress: Prog
                 with torch.cuda.stream(stream):
                     data[begin : begin + len(piece)].copy_(piece, non_blocking=True)
                     event.record(stream)
-                hasher.update(piece.numpy())
+                hasher.update(piece.numpy().data)
                 done[index] += len(piece)
             if hasher.hexdigest() != digests[index]:
                 raise damaged(path, index)
@@ -166,7 +167,7 @@ def _copy(artifact: Artifact, device: torch.device, threads: int, progress: Prog
 
 
 def _read_exactly(fd: int, piece: torch.Tensor, offset: int, path: Path) -> None:
-    view, done = memoryview(piece.numpy()), 0
+    view, done = piece.numpy().data, 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
         if count == 0:
@@ -179,8 +180,6 @@ def _view(data: torch.Tensor, weight: WeightTensor, root: Path) -> torch.Tensor:
 
 
 def _generate(weight: WeightTensor, device: torch.device) -> torch.Tensor:
-    from ingot.ops.dummy import generate
-
     seed, mean, std = recipe_from_json(weight.recipe).params
     return generate(seed, mean, std, weight.shape, _dtype(weight), device)
 
