@@ -11,6 +11,8 @@ import msgspec
 from .errors import IngotError
 
 GPU_ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
+"""The most shared memory that one block may have (CUDA programming guide, technical specifications)."""
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 """The features that generated code asks about, in /proc/cpuinfo's spelling."""
 

@@ -1,0 +1,13 @@
+"""Kernel families in Triton, one file each: jitted functions, and the claim that says when and with which tiles to use them."""
+
+from __future__ import annotations
+
+import importlib
+
+FAMILIES = ("linear", "norm")
+
+
+def load() -> None:
+    """Register every family. Imports Triton."""
+    for family in FAMILIES:
+        importlib.import_module(f"{__name__}.{family}")

@@ -1,0 +1,216 @@
+"""Products with weights: a GEMV for one row, a tiled GEMM for more, both with the epilogues of linear_add and linear_glu.
+
+Weights [N, K] are read once from memory however few rows there are, so tiles for few rows are chosen to give every
+multiprocessor enough loads in flight: narrow in N, deep in K, and split over K where N alone gives too few programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dims import product
+from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
+from ..target import SHARED_MEMORY_BYTES, Target
+from .activations import activate, tanh
+from .source import FLOATS, launch, most, power_of_two, rows, supported
+
+PROGRAMS = 132
+"""How many programs fill a GPU: the multiprocessors of an H100 or H200, near enough for the others."""
+
+
+@triton.jit
+def gemv_kernel(x, weight, bias, residual, out, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up = acc
+    for begin in tl.static_range(0, K, BLOCK_K):
+        if begin + BLOCK_K <= K:
+            h = tl.load(x + begin + k).to(tl.float32)[None, :]
+            acc += tl.load(row + begin).to(tl.float32) * h
+            if ACT is not None:
+                up += tl.load(row + N * K + begin).to(tl.float32) * h
+        else:
+            mask = (begin + k < K)[None, :]
+            h = tl.load(x + begin + k[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc += tl.load(row + begin, mask=mask, other=0.0).to(tl.float32) * h
+            if ACT is not None:
+                up += tl.load(row + N * K + begin, mask=mask, other=0.0).to(tl.float32) * h
+    h = tl.sum(acc, 1)
+    if ACT is not None:
+        h = activate(h, ACT) * tl.sum(up, 1)
+    if bias is not None:
+        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + n, h.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    # programs that run together share rows of x and of the weight in L2: walk the tiles in groups of GROUP rows
+    tiles_m = tl.num_programs(0)
+    tiles_n = tl.num_programs(1)
+    tile = tl.program_id(0) + tl.program_id(1) * tiles_m
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    m = (first + tile % (GROUP * tiles_n) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % (GROUP * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    split = tl.program_id(2)
+    depth: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+    a = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * K + k[None, :]
+    b = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = acc
+    for step in range(0, depth, BLOCK_K):
+        begin = split * depth + step
+        if K % (SPLIT * BLOCK_K) == 0:
+            h = tl.load(a + begin)
+            acc = tl.dot(h, tl.load(b + begin), acc, input_precision=PRECISION)
+            if ACT is not None:
+                up = tl.dot(h, tl.load(b + N * K + begin), up, input_precision=PRECISION)
+        else:
+            h = tl.load(a + begin, mask=(begin + k < K)[None, :], other=0.0)
+            mask = (begin + k < K)[:, None]
+            acc = tl.dot(h, tl.load(b + begin, mask=mask, other=0.0), acc, input_precision=PRECISION)
+            if ACT is not None:
+                up = tl.dot(h, tl.load(b + N * K + begin, mask=mask, other=0.0), up, input_precision=PRECISION)
+    if ACT is not None:
+        acc = activate(acc, ACT) * up
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < num_rows)[:, None] & (n < N)[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if SPLIT > 1:
+        out += split * num_rows.to(tl.int64) * N
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_splits_kernel(partial, bias, residual, out, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * N + n
+    h = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLIT):
+        h += tl.load(partial + split * num_rows.to(tl.int64) * N + at, mask=n < N, other=0.0)
+    if bias is not None:
+        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + at, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + at, h.to(out.dtype.element_ty), mask=n < N)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a GEMM: block sizes, warps, pipeline stages, splits of K."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        return f"m{self.m}_n{self.n}_k{self.k}_w{self.warps}_s{self.stages}" + (f"_split{self.split}" if self.split > 1 else "")
+
+    def shared_bytes(self, itemsize: int, weights: int) -> int:
+        return self.stages * (self.m + weights * self.n) * self.k * itemsize
+
+
+GEMV_TILES = ((4, 1024, 4), (8, 1024, 4), (8, 512, 4), (16, 512, 8))  # rows of the weight, columns, warps
+FEW_ROWS = (Tile(16, 16, 256, 4, 4), Tile(16, 32, 256, 4, 4), Tile(16, 64, 128, 4, 5), Tile(16, 128, 64, 4, 5))
+SOME_ROWS = (Tile(64, 32, 128, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4))
+MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 4, 3))
+EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
+
+
+def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> list[Tile]:
+    x = call.args["x"]
+    most_rows = most(rows(x), steps)
+    weights = 2 if call.op == "linear_glu" else 1
+    tiles: tuple[Tile, ...]
+    if x.dtype == torch.float32:
+        tiles = EXACT[:1] if most_rows <= 16 else EXACT
+    else:
+        tiles = FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 else MANY_ROWS
+    # two weights double the accumulator and the traffic of a tile: halve its width
+    tiles = tuple(Tile(t.m, max(t.n // weights, 16), min(t.k, max(16, power_of_two(depth))), t.warps, t.stages) for t in tiles)
+    tiles = tuple(dict.fromkeys(t for t in tiles if t.n < 2 * max(width, 16) and t.shared_bytes(x.dtype.itemsize, weights) <= SHARED_MEMORY_BYTES[target.isa]))
+    if call.op == "linear_glu" or most_rows > 64 or x.dtype == torch.float32:
+        return list(tiles)
+    programs = -(-most_rows // tiles[0].m) * -(-width // tiles[0].n)
+    split = max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and depth >= 2 * s * tiles[0].k), default=1)
+    return [*tiles, Tile(**(vars(tiles[0]) | {"split": split}))] if split > 1 else list(tiles)
+
+
+def _gemv(call: Call, operands: dict[str, Operand], width: int, depth: int, constants: dict[str, object]) -> list[Candidate]:
+    glu = call.op == "linear_glu"
+    found = []
+    for block_n, block_k, warps in GEMV_TILES:
+        block_n, block_k = block_n // 2 if glu else block_n, min(block_k, power_of_two(depth))
+        blocks = constants | {"BLOCK_N": block_n, "BLOCK_K": block_k}
+        one = launch(call, [gemv_kernel, activate, tanh], operands, blocks, ((width, block_n),), num_warps=warps)
+        # the widest tile that still fills the GPU comes first
+        rank = abs(width / block_n - 4 * PROGRAMS) / width
+        found.append(Candidate(f"gemv_n{block_n}_k{block_k}_w{warps}", (one,), rank=rank))
+    return list({c.name: c for c in found}.values())
+
+
+def _candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    x, weight = call.args["x"], call.args["weight"]
+    if not supported(call) or x.dtype != weight.dtype or x.dtype not in FLOATS:
+        return []
+    glu = call.op == "linear_glu"
+    depth, count = weight.shape[1], rows(x)
+    width = weight.shape[0] // 2 if glu else weight.shape[0]
+    absent = {p: None for p in ("bias", "residual") if p not in call.args}
+    inputs = {p: Operand(arg=p) for p in ("x", "weight")}
+    addends = {p: Operand(arg=p) for p in ("bias", "residual") if p in call.args}
+    out = {"out": Operand(out=0)}
+    constants = {"N": width, "K": depth, "ACT": call.args["act"] if glu else None}
+    if most(count, steps) == 1:
+        return _gemv(call, inputs | addends | out, width, depth, absent | constants)
+    num_rows = {"num_rows": Operand(size=count)}
+    found = []
+    for i, t in enumerate(_tiles(call, steps, target, width, depth)):
+        blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split, "PRECISION": "ieee" if x.dtype == torch.float32 else None}
+        grid = ((count, t.m), (width, t.n))
+        if t.split == 1:
+            launches: tuple[Launch, ...] = (launch(call, [gemm_kernel, activate, tanh], inputs | addends | out | num_rows, absent | constants | blocks, grid,
+                             num_warps=t.warps, num_stages=t.stages),)  # fmt: skip
+            scratch: tuple[Tensor, ...] = ()
+        else:
+            scratch = (Tensor(torch.float32, (product(count, t.split), width)),)
+            partial = {"out": Operand(scratch=0)}
+            split = launch(call, [gemm_kernel, activate, tanh], inputs | partial | num_rows, {"bias": None, "residual": None} | constants | blocks,
+                           (*grid, (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
+            combine = launch(call, [sum_splits_kernel], {"partial": Operand(scratch=0)} | addends | out | num_rows,
+                             absent | {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
+            launches = (split, combine)
+        found.append(Candidate(f"gemm_{t}", launches, scratch, rank=i if most(count, steps) <= 16 else 1.0 + i))
+    return found
+
+
+@claims("linear", "triton")
+def linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target)
+
+
+@claims("linear_add", "triton")
+def linear_add(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target)
+
+
+@claims("linear_glu", "triton")
+def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target)

@@ -1,0 +1,85 @@
+"""Runs Triton kernels on numpy, in a process of its own: `TRITON_INTERPRET` changes what `@triton.jit` makes, for good.
+
+Reads one JSON object a line from stdin: the file of the kernel's source, its symbol and constants, the grid, and its
+arguments, tensors as places in a memory-mapped file that both processes share. Answers each with a line: "" or an error.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+_cast, _dot, _patch_tensor = Builder.cast_impl, Builder.create_dot, interpreter._patch_lang_tensor
+
+
+def _bfloat16_to_float32(data):
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _cast_rounding(self, src, dst_type):
+    """bfloat16 lies in uint16 here, and Triton 3.6's interpreter truncates to it; hardware rounds to nearest even."""
+    if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        return Handle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
+    if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+        return Handle(_bfloat16_to_float32(src.data), tl.float32)
+    return _cast(self, src, dst_type)
+
+
+def _dot_of_bfloat16(self, a, b, d, *rest):
+    """The interpreter would multiply the uint16 patterns as integers."""
+    a, b = (Handle(_bfloat16_to_float32(h.data), tl.float32) if h.dtype.scalar == tl.bfloat16 else h for h in (a, b))
+    return _dot(self, a, b, d, *rest)
+
+
+def _index(tensor, scope):
+    """numpy 2.4 no longer turns an array of one element into an int: loop bounds need it."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+Builder.cast_impl, Builder.create_dot, interpreter._patch_lang_tensor = _cast_rounding, _dot_of_bfloat16, _index
+# patch tl.core once instead of at every call of tl.sum and its like
+interpreter._patch_lang(tl.sum.fn)
+interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+def _kernel(path, symbol):
+    spec = importlib.util.spec_from_file_location("kernel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, symbol)
+
+
+def _argument(memory, arg):
+    if not isinstance(arg, dict):
+        return arg
+    return memory[arg["begin"] : arg["end"]].view(getattr(torch, arg["dtype"]))
+
+
+def main():
+    memory = torch.from_file(sys.argv[1], shared=True, size=int(sys.argv[2]), dtype=torch.uint8)
+    kernels = {}
+    for line in sys.stdin:
+        job = json.loads(line)
+        key = job["path"], job["symbol"]
+        if key not in kernels:
+            kernels[key] = _kernel(*key)
+        args = {name: _argument(memory, arg) for name, arg in job["args"].items()}
+        error = ""
+        try:
+            kernels[key][tuple(job["grid"])](**args, **job["constants"])
+        except interpreter.InterpreterError as failure:
+            error = str(failure)
+        print(json.dumps(error), flush=True)
+
+
+main()
