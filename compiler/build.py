@@ -33,7 +33,7 @@ from .pipeline import count, lower
 from .plan import dtype_name, plan
 from .select import Selection, select
 from .variants import PAGE_SIZE, VariantSpec, variants
-from .weights import bind, pack
+from .weights import bind, described, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -180,7 +180,10 @@ class _Job:
                     (dump / kernel.source).write_text(text)
         done("plan")
         progress("pack weights", 0.0)
-        speed = pack(graph, self.checkpoint, writer, lambda f: progress("pack weights", f))
+        known = store.same_weights(self.key_inputs["checkpoint"], described(graph, self.checkpoint))
+        if known is not None:
+            writer.reuse_weights(known)
+        speed = 0.0 if known is not None else pack(graph, self.checkpoint, writer, lambda f: progress("pack weights", f))
         done("weights")
         for file in self.source.tokenizer_files:
             writer.add_file(f"tokenizer/{file.name}", file.read_bytes())

@@ -23,7 +23,9 @@ class GateError(IngotError):
     """No candidate for a call agrees with its reference."""
 
 
-def bind(candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Loaded | None]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+def bind(
+    candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Loaded | None]
+) -> tuple[list[torch.Tensor], Callable[[], None]]:
     """Outputs, poisoned with NaN, and a function that runs the candidate's launches on them. `kernels`: one a launch, None for library calls."""
     device = next(v.device for v in inputs.values() if isinstance(v, torch.Tensor))
     outputs = [_poisoned(t, sizes, device) for t in call.results]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -39,6 +40,11 @@ def candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     return sorted((c for claim in claims for c in claim(call, steps, target)), key=lambda c: c.rank)
 
 
+def load_families(target: Target) -> None:
+    """Register the kernel families that generate for a target."""
+    importlib.import_module(f"ingot.ops.{'triton' if target.kind == 'cuda' else 'tvm'}").load()
+
+
 def _key(call: Call, steps: Steps) -> tuple[str, Steps]:
     return repr(call), steps
 
@@ -52,6 +58,7 @@ def select(graph: Graph, specs: list[VariantSpec], target: Target, emit: Emit, d
 
     Raises `gate.GateError` when a generated kernel was claimed and none of the claimants agrees with the reference.
     """
+    load_families(target)
     wanted: dict[tuple[str, Steps], tuple[Call, Steps, list[Candidate]]] = {}
     for spec in specs:
         for node in graph.fx.nodes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ingot.artifacts.artifact import ArtifactWriter
+from ingot.artifacts.weights import recipe_to_json
 from ingot.models.checkpoint import Checkpoint, dummy, recipes
 from ingot.models.checkpoint import pack as pack_tensor
 from ingot.ops import Graph, Recipe, Weight
@@ -33,16 +34,29 @@ def _substitute(recipe: Recipe, found: dict[str, Recipe]) -> Recipe:
     return replace(recipe, inputs=tuple(_substitute(i, found) for i in recipe.inputs))
 
 
+def final_recipe(name: str, weight: Weight, checkpoint: Checkpoint | None) -> Recipe:
+    """What the artifact records: the recipe over the checkpoint's tensors, or a seed."""
+    return dummy(name, weight, SEED) if checkpoint is None and weight.recipe.sources else weight.recipe
+
+
+def described(graph: Graph, checkpoint: Checkpoint | None) -> dict[str, tuple[str, tuple[int, ...], object]]:
+    """Name → (dtype, shape, recipe as JSON): equal descriptions of one checkpoint are equal weights."""
+    return {
+        n: (str(w.dtype).removeprefix("torch."), tuple(w.shape), recipe_to_json(final_recipe(n, w, checkpoint))) for n, w in graph.weights.items()
+    }
+
+
 def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, progress: Callable[[float], None]) -> float:
     """Write every weight of `graph`, whose recipes are bound when there is a checkpoint, to the artifact; returns GB/s of the writing."""
     out = writer.weights()
     for i, (name, weight) in enumerate(graph.weights.items()):
         progress(i / len(graph.weights))
-        if not weight.recipe.sources:
-            out.add(name, weight.recipe.run({}, graph.constants).to(weight.dtype), weight.recipe)
-        elif checkpoint is None:
-            out.add_seed(name, weight.dtype, weight.shape, dummy(name, weight, SEED))
+        recipe = final_recipe(name, weight, checkpoint)
+        if recipe.op == "seed":
+            out.add_seed(name, weight.dtype, weight.shape, recipe)
+        elif checkpoint is None or not recipe.sources:
+            out.add(name, recipe.run({}, graph.constants).to(weight.dtype), recipe)
         else:
-            out.add(name, pack_tensor(weight.recipe, checkpoint, graph.constants, weight.dtype), weight.recipe)
+            out.add(name, pack_tensor(recipe, checkpoint, graph.constants, weight.dtype), recipe)
     progress(1.0)
     return out.gigabytes_per_second

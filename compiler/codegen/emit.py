@@ -69,6 +69,7 @@ class Emitter:
             facts = {"symbol": source.symbol} | launches.get(name, {})
             details = {"signature": source.signature, "constants": {k: repr(v) for k, v in source.constants.items()}} if source.signature else {}
             self._texts[name] = f"{_HEADER}{json.dumps(facts | details)}\n{source.text}"
+            self.store.keep_kernel(name, *self.files(name))
 
     def _finish(self, source: Source, name: str) -> tuple[Kernel, Loaded | None]:
         suffix = "cubin" if self.target.kind == "cuda" else "so"

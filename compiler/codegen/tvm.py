@@ -1,0 +1,87 @@
+"""TVMScript → shared objects, in worker processes: TVM takes seconds to import, and its defects are segfaults."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ingot.ops.errors import IngotError
+from ingot.ops.kernel import Source
+from ingot.ops.target import Target, TargetError
+
+_LAUNCHER = Path(__file__).with_name("tvm_parallel.c")
+_WORKER = Path(__file__).with_name("tvm_worker.py")
+_KERNELS_PER_WORKER = 8  # fewer are not worth another import of TVM
+
+
+class CodegenError(IngotError):
+    """A kernel's source did not compile; the message names the kernel, its source and what the compiler said."""
+
+
+def llvm_target(target: Target) -> dict[str, Any]:
+    """TVM's description of `target`: from its features alone, never from the machine that compiles. TargetError below AVX2."""
+    if target.kind != "cpu" or not {"avx2", "fma"} <= target.features:
+        raise TargetError(f"TVM kernels need an x86-64 CPU with AVX2 and FMA, and the target is {target}")
+    attributes = [f"+{f.replace('avx512_', 'avx512')}" for f in sorted(target.features) if f.startswith("avx512")]
+    return {"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": "x86-64-v3", "mattr": attributes, "fast-math-contract": True}
+
+
+def kernel_name(source: Source, target: Target) -> str:
+    """`<family>_<hash>` of all that the shared object depends on."""
+    inputs = [source.symbol, source.text, target.isa, importlib.metadata.version("apache-tvm"), _LAUNCHER.read_text()]
+    return f"{source.family}_{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]}"
+
+
+def compile_sources(
+    sources: Sequence[Source], target: Target, out_dir: Path, jobs: int, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[Path]:
+    """Compile each source to `out_dir/<name>.so`, its text beside it as `<name>.py`; what is there already is kept.
+
+    At most `jobs` processes work at a time; `progress` gets (done, of). CodegenError for the first kernel that does not compile.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    outputs = [out_dir / f"{kernel_name(s, target)}.so" for s in sources]
+    missing = {path: source for path, source in zip(outputs, sources, strict=True) if not path.exists()}
+    if not missing:
+        return outputs
+    for path, source in missing.items():
+        path.with_suffix(".py").write_text(source.text)
+    count = max(1, min(jobs, len(missing) // _KERNELS_PER_WORKER))
+    shares = [list(missing.items())[i::count] for i in range(count)]
+    done = itertools.count(1)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
+        launcher = Path(folder) / "launcher.o"
+        subprocess.run(["cc", "-O2", "-fPIC", "-c", str(_LAUNCHER), "-o", str(launcher)], check=True)
+        work = partial(_run_worker, target=llvm_target(target), launcher=launcher, finished=lambda: progress(next(done), len(missing)))
+        list(pool.map(work, shares))
+    return outputs
+
+
+def _run_worker(share: list[tuple[Path, Source]], target: dict[str, Any], launcher: Path, finished: Callable[[], None]) -> None:
+    requests = "".join(f"{source.symbol}\t{path.with_suffix('.py')}\t{path}\n" for path, source in share)
+    command = [sys.executable, "-P", str(_WORKER), json.dumps(target), str(launcher)]
+    with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
+        stdin.write(requests)
+        stdin.seek(0)
+        with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True) as worker:
+            assert worker.stdout is not None
+            for _ in worker.stdout:
+                finished()
+        stderr.seek(0)
+        message = stderr.read()[-2000:].strip()
+    if worker.returncode == 0:
+        return
+    failed = next((path for path, _ in share if not path.exists()), None)
+    what = f"kernel {failed.stem} did not compile (source: {failed.with_suffix('.py')})" if failed else "the compiler worker failed"
+    how = f"killed by signal {-worker.returncode}" if worker.returncode < 0 else f"exit status {worker.returncode}"
+    raise CodegenError(f"{what}: {how}\n{message}")
