@@ -12,23 +12,21 @@ from torch import fx
 _aten = torch.ops.aten
 _ingot = torch.ops.ingot
 _NO_EFFECT = frozenset(
-    {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default, _aten._assert_async.msg, _aten.sym_constrain_range_for_size.default, torch._C._set_grad_enabled}
-)  # fmt: skip
+    {
+        _aten._assert_tensor_metadata.default,
+        _aten._assert_scalar.default,
+        _aten._assert_async.msg,
+        _aten.sym_constrain_range_for_size.default,
+        torch._C._set_grad_enabled,
+    }
+)
 _IDENTITIES = frozenset(
     {_aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.clone.default, _aten.lift_fresh_copy.default, _aten.dropout.default}
 )
-_IDENTITIES_IF_ALIKE = frozenset(
-    {
-        _aten.to.dtype,
-        _aten.to.device,
-        _aten.to.dtype_layout,
-        _aten._to_copy.default,
-        _aten.type_as.default,
-        _aten.expand.default,
-        _aten.slice.Tensor,
-        _aten.to.other,
-    }
-)
+_CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default, _aten.type_as.default})
+_IDENTITIES_IF_ALIKE = _CASTS | {_aten.expand.default, _aten.slice.Tensor}
+_RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default})
+_UNFILLED = frozenset({_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default})
 
 
 def canonicalize(graph: Graph) -> Graph:
@@ -38,11 +36,15 @@ def canonicalize(graph: Graph) -> Graph:
             continue
         if node.target in _NO_EFFECT:
             graph.fx.erase_node(node)
-        elif node.target in _IDENTITIES or (node.target in _IDENTITIES_IF_ALIKE and _alike(node.meta["val"], node.args[0].meta["val"])):
-            node.replace_all_uses_with(node.args[0])
-            graph.fx.erase_node(node)
-        elif node.target is _aten.view.default:
-            node.target = _aten.reshape.default  # a view of what was made contiguous above need not be one now
+        elif node.target in _IDENTITIES or (node.target in _IDENTITIES_IF_ALIKE and _alike(node, node.args[0])):
+            _replace(graph, node, node.args[0])
+        elif node.target in _RESHAPES:
+            # a view of what was made contiguous above need not be one now; and one unknown size needs no name
+            node.target, node.args = _aten.reshape.default, (node.args[0], sizes(node.meta["val"].shape, node.args[1]))
+        elif node.target is _aten.copy.default and _alike(node, node.args[1]):
+            _replace(graph, node, node.args[1])
+        elif node.target is _aten.slice_scatter.default:
+            _tile(graph, node)
         elif node.target is _aten.linear.default:
             node.target, node.args = _ingot.linear.default, (*node.args, None)[:3]
         elif node.target is _aten.embedding.default:
@@ -51,8 +53,50 @@ def canonicalize(graph: Graph) -> Graph:
     return graph
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and a.dim() == b.dim() and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
+def sizes(shape: Any, given: Any) -> list[Any]:
+    """Sizes for a reshape to `shape`: −1 for the only unknown; with more of them, those `given`, which may be nodes."""
+    known = [s if isinstance(s, int) else -1 for s in shape]
+    return known if known.count(-1) <= 1 else list(given)[-len(known) :]
+
+
+def _replace(graph: Graph, node: fx.Node, by: fx.Node) -> None:
+    node.replace_all_uses_with(by)
+    graph.fx.erase_node(node)
+
+
+def _alike(a: fx.Node, b: Any) -> bool:
+    if not isinstance(b, fx.Node):
+        return False
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and x.device == y.device and len(x.shape) == len(y.shape) and all(str(s) == str(t) for s, t in zip(x.shape, y.shape, strict=True))
+
+
+def _tile(graph: Graph, last: fx.Node) -> None:
+    """Slices written one after the other over memory that nobody filled are a `cat`, if they cover it without a gap."""
+    dim, end = _slice(last)[:2]
+    extent = last.meta["val"].shape[dim]
+    pieces: list[tuple[int, int, fx.Node]] = []
+    node = last
+    while node.target is _aten.slice_scatter.default:
+        dim_here, begin, end = _slice(node)
+        if dim_here != dim or not all(isinstance(n, int) for n in (begin, end, extent)):
+            return
+        pieces.append((begin, min(end, extent), node.args[1]))
+        node = node.args[0]
+    pieces.sort(key=lambda piece: piece[0])
+    edges = [0, *(end for _, end, _ in pieces)]
+    if node.target not in _UNFILLED or edges[-1] != extent or any(begin != edge for (begin, _, _), edge in zip(pieces, edges, strict=False)):
+        return
+    with graph.fx.inserting_before(last):
+        whole = graph.call(_aten.cat.default, [piece for _, _, piece in pieces], dim)
+    _replace(graph, last, whole)
+
+
+def _slice(node: fx.Node) -> tuple[int, Any, Any]:
+    """(dim, begin, end) of a slice_scatter of step 1."""
+    _, _, dim, begin, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
+    rank = node.meta["val"].dim()
+    return int(dim) % rank, (begin or 0) if step == 1 else None, end if end is not None else node.meta["val"].shape[dim]
 
 
 def gather_logits_rows(graph: Graph) -> Graph:
@@ -76,7 +120,7 @@ def gather_logits_rows(graph: Graph) -> Graph:
 
 
 def _row_source(node: fx.Node, tokens: str) -> fx.Node | None:
-    """The only operand that has rows, if row t of `node` depends on row t of it alone."""
+    """The only operand that has rows, if row t of `node` depends on row t of it alone and on no other result."""
     if node.op != "call_function" or not isinstance(node.meta["val"], torch.Tensor) or len(node.users) != 1:
         return None
     operands = [n for n in node.all_input_nodes if tokens in {str(s) for v in _tensors(n.meta["val"]) for s in v.shape}]
@@ -88,11 +132,10 @@ def _row_source(node: fx.Node, tokens: str) -> fx.Node | None:
     spec = op_of(node)
     if spec is not None:
         return source if spec.rowwise else None
-    rows_kept = node.target is _aten.reshape.default and node.args[1][0] == -1
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    casts = node.target in (_aten.to.dtype, _aten._to_copy.default)
-    last_dim_slice = node.target is _aten.slice.Tensor and node.args[1] not in (0, -source.meta["val"].dim())
-    return source if rows_kept or pointwise or casts or last_dim_slice else None
+    keeps_rows = node.target is _aten.reshape.default and node.args[1][0] == -1
+    slices_columns = node.target is _aten.slice.Tensor and node.args[1] not in (0, -source.meta["val"].dim())
+    return source if pointwise or keeps_rows or slices_columns or node.target in _CASTS else None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from ingot.ops import Graph, Recipe, Weight
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,13 +23,16 @@ from .canonical import canonicalize, gather_logits_rows
 from .swaps import Patch, Swap, patched
 from .swaps.attention import Attention
 from .swaps.context import Context, TraceError, tracing
+from .swaps.experts import Experts
+from .swaps.linear import Linear
 from .swaps.masks import Masks
 from .swaps.norm import Norm
 from .swaps.rope import Rope
 from .swaps.rotary_embedding import RotaryEmbedding
+from .swaps.state_space import StateSpace
 from .unbatch import unbatch
 
-__all__ = ["TraceError", "architecture", "build", "trace"]
+__all__ = ["TraceError", "architecture", "build", "run_model", "trace"]
 
 _EXAMPLE = {"T": 13, "S": 3, "R": 5}
 
@@ -75,7 +79,7 @@ def trace(config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype
         with patched([p for s in swaps for p in s.observers()]):
             context.begin({})
             step = torch.zeros(1, 7, dtype=torch.int32, device="meta")
-            _run(model, step, step)
+            run_model(model, step, step)
         patches = [p for s in swaps for p in s.patches()]
         graph = _trace(model, context, patches, buffers)
     graph = gather_logits_rows(unbatch(canonicalize(graph)))
@@ -90,10 +94,12 @@ def _swaps(model: transformers.PreTrainedModel, context: Context, buffers: dict[
         parent, _, own = name.rpartition(".")
         of_module.setdefault(model.get_submodule(parent), {})[own] = value
     rope = Rope(model, context)
-    return [Masks(model, context), Attention(model, context), Norm(model, context), rope, RotaryEmbedding(model, context, of_module, rope)]
+    tables = RotaryEmbedding(model, context, of_module, rope)
+    return [Linear(), Masks(model, context), Attention(model, context), Experts(model, context), StateSpace(model, context), Norm(model, context), rope, tables]
 
 
-def _run(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def run_model(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits [1, T, V] of one packed batch [1, T], without transformers' cache."""
     logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
     return logits
 
@@ -130,15 +136,19 @@ def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[
     if clash := set(values) & {_identifier(n) for n in weights}:
         raise TraceError(f"parameters named like step inputs: {', '.join(sorted(clash))}")
 
-    def run(*args: torch.Tensor) -> list[torch.Tensor]:
-        step = dict(zip(values, args, strict=False))
+    def step(*args: torch.Tensor) -> list[torch.Tensor]:
+        inputs = dict(zip(values, args, strict=False))
         parameters = dict(zip(tensors, args[len(values) :], strict=True))
-        context.begin(step)
-        logits = torch.func.functional_call(_Step(model), {f"model.{n}": p for n, p in parameters.items()}, (step["input_ids"], step["positions"]))
+        context.begin(inputs)
+        logits = torch.func.functional_call(_Step(model), {f"model.{n}": p for n, p in parameters.items()}, (inputs["input_ids"], inputs["positions"]))
         return [logits.squeeze(0), *(context.values[n] for n in context.states)]
 
     with patched(patches), sizes.mode:
-        module = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values.values(), *tensors.values())
+        args = (*values.values(), *tensors.values())
+        module = make_fx(step, tracing_mode="real", pre_dispatch=True)(*args)
+        if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in module.graph.nodes):
+            pure = dispatch_functionalize(module.forward, FunctionalTensorMode(pre_dispatch=True, export=True))
+            module = make_fx(pure, tracing_mode="real", pre_dispatch=True)(*args)
     sizes.check_guards(type(model).__name__)
     names = [*values, *map(_identifier, tensors)]
     for node, name in zip([n for n in module.graph.nodes if n.op == "placeholder"], names, strict=True):
@@ -163,7 +173,7 @@ class _Step(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return _run(self.model, input_ids.unsqueeze(0), positions.unsqueeze(0))
+        return run_model(self.model, input_ids.unsqueeze(0), positions.unsqueeze(0))
 
 
 class _Sizes:
@@ -194,15 +204,13 @@ class _Sizes:
 
     def check_guards(self, model: str) -> None:
         """TraceError if the model took a branch that other sizes would not take."""
-        symbols = {s: n for s, n in self.names.items()}
         for guard in self.mode.shape_env.guards:
             free = sorted(guard.expr.free_symbols, key=str)
+            # a size of 1 broadcasts where others do not, and the tracer notes that; the references run it all the same
             for probe in (2, 3, 64, 10007, 99991):
-                holds = guard.expr.subs({s: probe + i for i, s in enumerate(free)})
-                if holds != True:  # noqa: E712 — a sympy boolean
-                    raise TraceError(
-                        f"{model}: the code branches on {guard.expr} with {', '.join(f'{s} = {symbols.get(str(s), s)}' for s in free)}; a graph has one path for all steps"
-                    )
+                if guard.expr.subs({s: probe + i for i, s in enumerate(free)}) == False:  # noqa: E712 — a sympy boolean
+                    named = ", ".join(f"{s} = {self.names.get(str(s), s)}" for s in free)
+                    raise TraceError(f"{model}: the code branches on {guard.expr} with {named}; a graph has one path for all steps")
 
 
 def _identifier(name: str) -> str:

@@ -13,6 +13,8 @@ from ingot.ops import Graph
 from ingot.ops.graph import op_of
 from torch import fx
 
+from .canonical import sizes
+
 _aten = torch.ops.aten
 _RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int})
 _ALONG_DIM = frozenset(
@@ -35,8 +37,10 @@ def unbatch(graph: Graph) -> Graph:
             new = _flat(graph, node, flat)
         if new is not None:
             flat[node] = new
-    for node, twin in flat.items():
-        if isinstance(node.meta["val"], torch.Tensor) and node.users:
+    for node, twin in reversed(flat.items()):  # users first: most are twins of each other and leave nobody to restore for
+        if not node.users:
+            graph.fx.erase_node(node)
+        elif isinstance(node.meta["val"], torch.Tensor):
             _restore(graph, node, twin)
     graph.fx.eliminate_dead_code()
     return graph
@@ -60,9 +64,9 @@ def _flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node 
     if node.target in _RESHAPES:
         source = flat.get(node.args[0], node.args[0])
         if _leading_one(value) and value.dim() > 1:
-            return graph.call(_aten.reshape.default, source, _sizes(value.shape[1:], node.args[1]))
+            return graph.call(_aten.reshape.default, source, sizes(value.shape[1:], node.args[1]))
         if source is not node.args[0]:
-            replacement = graph.call(_aten.reshape.default, source, _sizes(value.shape, node.args[1]))
+            replacement = graph.call(_aten.reshape.default, source, sizes(value.shape, node.args[1]))
             node.replace_all_uses_with(replacement)
         return None
     first = node.args[0] if node.args else None
@@ -79,12 +83,6 @@ def _flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node 
     if getattr(node.target, "__name__", "") == "getitem":
         return graph.getitem(flat[first], node.args[1])
     return _call_flat(graph, node, flat)
-
-
-def _sizes(shape: Any, given: Any) -> list[Any]:
-    """Sizes for a reshape that name no symbol: one unknown is -1."""
-    sizes = [s if isinstance(s, int) else -1 for s in shape]
-    return sizes if sizes.count(-1) <= 1 else list(given)[-len(sizes) :]
 
 
 def _call_flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node | None:

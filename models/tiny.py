@@ -1,0 +1,121 @@
+"""A tiny config of every model type that transformers has: same architecture, a few thousand weights.
+
+Sizes are set by the names that configs give them. A model whose sizes depend on one another in a way of its own has a line
+in `OWN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from ingot.ops.errors import IngotError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# Odd ratios on purpose: query heads are not kv heads, the intermediate size is no power of two, a window is shorter than the test's sequences.
+_NAMES_OF_SIZE: dict[int, str] = {
+    1: "n_shared_experts num_shared_experts topk_group first_k_dense_replace moe_num_shared_experts moe_topk_group num_mtp_layers num_nextn_predict_layers "
+    "num_global_layers mamba_ngroups num_logits_to_keep bos_token_id decoder_start_token_id",
+    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_experts_per_tok num_experts_per_token moe_top_k moe_k top_k moe_topk "
+    "num_selected_experts num_key_value_heads num_kv_heads top_k_experts swa_num_key_value_heads n_group num_expert_group moe_num_group num_activated_experts "
+    "experts_per_token linear_num_key_heads n_mamba_heads mamba_n_groups n_groups mamba_expand expand depth eos_token_id",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads swa_num_attention_heads "
+    "linear_num_value_heads num_attn_heads index_n_heads attn_heads lightning_num_heads cross_num_attention_heads time_step_rank mamba_dt_rank conv_kernel",
+    8: "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts qk_rope_head_dim sliding_window attention_window local_attention "
+    "attention_chunk_size swa_window window_size sliding_window_size index_topk linear_num_heads state_size ssm_state_size mamba_d_state mamba_n_heads "
+    "mamba_num_heads mamba_chunk_size chunk_size patch_size",
+    16: "head_dim kv_channels attention_head_dim qk_nope_head_dim v_head_dim qk_head_dim kv_lora_rank linear_key_head_dim linear_value_head_dim swa_head_dim "
+    "swa_v_head_dim linear_head_dim d_kv lightning_head_dim index_head_dim hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_headdim",
+    24: "q_lora_rank o_lora_rank",
+    32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size moe_shared_expert_intermediate_size "
+    "expert_intermediate_size moe_ffn_hidden_size expert_hidden_size expert_ffn_size shared_expert_ffn_hidden_size moe_latent_size image_size",
+    64: "hidden_size d_model n_embd dim embed_dim hidden_dim model_dim dim_model hidden_size_per_layer out_hidden_size vision_output_dim",
+    96: "intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dim_ff block_ff_dim intermediate_size_mlp "
+    "ffn_intermediate_size dense_intermediate_size",
+    128: "vocab_size vocab_size_per_layer_input mamba_d_ssm",
+    256: "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len max_seq_length context_length original_max_position_embeddings",
+    0: "pad_token_id attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop hidden_dropout_prob attention_probs_dropout_prob activation_dropout "
+    "dropout",
+}  # fmt: skip
+_SIZES = {name: size for size, names in _NAMES_OF_SIZE.items() for name in names.split()}
+# A size that is None by default is switched on where that is what released models do.
+_KEEP_NONE = frozenset("n_inner sliding_window head_dim num_key_value_heads q_lora_rank attention_chunk_size attention_window kv_channels".split())
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "mlp_layer_types")
+
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8, "rope_interleave": True},
+}
+"""What a model needs beyond `_SIZES`, or sets so that each of its features shows (caps small enough to bend scores)."""
+
+
+class UnknownModel(IngotError):
+    """No causal language model of transformers has this name."""
+
+
+def names() -> list[str]:
+    """Model types with a causal language model, one for each class, sorted."""
+    by_class = {cls: model_type for model_type, cls in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    return sorted(by_class.values())
+
+
+def model_type_of(name: str) -> str:
+    """The model type of an architecture or a model type. UnknownModel if it is neither."""
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return name
+    for model_type, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if cls == name:
+            return model_type
+    raise UnknownModel(f"{name!r} is neither a model type nor an architecture of a causal language model in transformers {transformers.__version__}")
+
+
+def architecture_of(model_type: str) -> str:
+    """The class of the causal language model of a model type."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
+    """The tiny config of `model_type`, with its architecture named."""
+    cls = CONFIG_MAPPING[model_type]
+    values = _shrink(cls) | OWN.get(model_type, {}) | overrides
+    tiny = cls(**values)
+    tiny.architectures = [architecture_of(model_type)]
+    return tiny
+
+
+def _shrink(cls: type) -> dict[str, Any]:
+    """Arguments for a config class that make it tiny: its own defaults, with the sizes replaced."""
+    default = vars(cls())
+    values: dict[str, Any] = {}
+    for name, value in default.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in _SIZES and (number or (value is None and name not in _KEEP_NONE)):
+            values[name] = _SIZES[name]
+    depth = _depth(default)
+    for name in _DEPTH:
+        if name in values:
+            values[name] = depth
+    full_depth = next((default[n] for n in _DEPTH if isinstance(default.get(n), int)), None)
+    for name, value in default.items():
+        if isinstance(value, (list, tuple)) and full_depth and len(value) == full_depth and name not in values:
+            values[name] = _each_kind_once(list(value), depth)
+    for name in getattr(cls, "sub_configs", None) or {}:
+        if default.get(name) is not None:
+            values[name] = _shrink(type(default[name]))
+    return values
+
+
+def _depth(default: dict[str, Any]) -> int:
+    """Two layers, or as many as there are kinds of layers, at most four."""
+    kinds = [len(set(v)) for n in _KINDS if isinstance(v := default.get(n), (list, tuple)) and len(v) > 2]
+    return max([2, *(min(k, 4) for k in kinds)])
+
+
+def _each_kind_once(layers: list[Any], depth: int) -> list[Any]:
+    """`depth` entries, every kind of layer first."""
+    kinds = [v for i, v in enumerate(layers) if v not in layers[:i]]
+    return [*kinds, *layers][:depth]
