@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ingot.ops.library  # noqa: F401  (registers the library claims)
 import msgspec
 import torch
+
+import ingot.ops.library  # noqa: F401  (registers the library claims)
 from ingot.artifacts.artifact import ArtifactWriter
 from ingot.artifacts.manifest import Group, ModelInfo, Options, State
 from ingot.artifacts.plan import Variant

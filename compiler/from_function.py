@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from ingot.ops import Graph, InputSpec, Recipe, StateSpec, Weight
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ingot.ops import Graph, InputSpec, Recipe, StateSpec, Weight
 
 _EXAMPLE = {"T": 7, "S": 3, "R": 5}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from ingot.artifacts.bound import Loaded
 from ingot.ops import OPS
 from ingot.ops.dims import evaluate

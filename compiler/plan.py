@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+
 from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.ops import Graph, GraphError
 from ingot.ops.dims import Dim, evaluate
 from ingot.ops.graph import consumed, op_of, target_name
 from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor
-from torch import fx
 
 ALIGNMENT = 256
 

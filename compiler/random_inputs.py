@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+
 from ingot.ops.dims import Dim, evaluate
 from ingot.ops.kernel import Call, Steps, Tensor
 

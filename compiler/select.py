@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
+
 from ingot.artifacts.bound import Loaded
 from ingot.artifacts.plan import Kernel
 from ingot.ops import OPS, Graph
 from ingot.ops.kernel import CLAIMS, Call, Candidate, Source, Steps
 from ingot.ops.target import Target
-from torch import fx
 
 from . import gate
 from .plan import Choice, call_of

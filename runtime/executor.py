@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -12,12 +13,12 @@ from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.plan import Variant
 
-from .batch import StepBatch
+from .batch import Sampled, StepBatch, StepLayout
 from .bind import BoundPlan, bind
 from .cuda_graph import CapturedPlan, capture
 from .engine import ExecutorInfo, GroupInfo
 from .memory import MemoryPlan
-from .sampler import Sampled, sample
+from .sampler import SamplingRows, sample
 
 Progress = Callable[[str, float], None]
 BOUND_PLANS = 64
@@ -38,7 +39,7 @@ class Executor:
             max_num_batched_tokens=manifest.options.max_num_batched_tokens,
             max_model_len=memory.max_model_len,
             vocab_size=manifest.model.vocab_size,
-            max_rows=max(v.max_rows for v in plans.values()),
+            max_num_rows=max(v.max_rows for v in plans.values()),
         )
         # modules first: on a nearly full card their first load takes minutes
         used = {e.kernel for v in plans.values() for e in v.entries if e.backend != "torch"}
@@ -48,8 +49,11 @@ class Executor:
         for state in manifest.states:
             # zeros, so that no NaN of old memory meets a zero probability
             self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
-        self._inputs = self._step_inputs()
-        self._roots |= self._inputs
+        self._layout = StepLayout(
+            tuple((n, -(-memory.max_model_len // g.page_size)) for n, g in groups.items() if g.kind == "page"), any(g.kind == "slot" for g in groups.values())
+        )
+        largest = self._layout.size(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs))
+        self._step_buffer = torch.zeros(largest, dtype=torch.int32, device=self.device)
         self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
         self._bound: OrderedDict[tuple[str, int, int, int], BoundPlan] = OrderedDict()
         self._captured: dict[str, CapturedPlan] = {}
@@ -57,17 +61,18 @@ class Executor:
 
     def step(self, batch: StepBatch) -> Sampled:
         """Compute the batch's new tokens and sample at its logits rows."""
+        assert batch.layout == self._layout, "the cache and the executor disagree about page tables"
         rows = batch.num_rows
         variant = self._variant(batch)
         if variant.capture:
-            n = variant.max_seqs
-            self._stage(batch.pad_to(n, n, n))
+            batch = batch.pad_to(variant.max_seqs, variant.max_seqs, variant.max_seqs)
             plan: BoundPlan | CapturedPlan = self._captured[variant.name]
         else:
-            self._stage(batch)
             plan = self._bind(variant, batch.num_tokens, batch.num_seqs, rows)
+        # one copy a step: kernels and sampler read their arrays where they lie in the buffer
+        self._step_buffer[: batch.buffer.size].copy_(torch.from_numpy(batch.buffer), non_blocking=True)
         plan.run()
-        return sample(plan.results[0][:rows], batch.sampling)
+        return sample(plan.results[0], SamplingRows.from_batch(batch, self._step_buffer)).first(rows).to_host()
 
     def _variant(self, batch: StepBatch) -> Variant:
         decode = batch.num_tokens == batch.num_seqs == batch.num_rows
@@ -78,38 +83,15 @@ class Executor:
                 return v
         raise ValueError(f"no variant takes {batch.num_tokens} tokens of {batch.num_seqs} sequences with {batch.num_rows} logits rows")
 
-    def _step_inputs(self) -> dict[str, torch.Tensor]:
-        info = self.info
-        tokens, seqs = info.max_num_batched_tokens, info.max_num_seqs
-        sizes: dict[str, tuple[int, ...]] = {"input_ids": (tokens,), "positions": (tokens,), "cu_seqlens_q": (seqs + 1,), "seq_lens": (seqs,)}
-        sizes["logits_rows"] = (max(info.max_rows, seqs),)
-        for name, group in info.groups.items():
-            if group.kind == "page":
-                sizes[f"page_table_{name}"] = (seqs, self._columns(group))
-                sizes[f"slot_mapping_{name}"] = (tokens,)
-            else:
-                sizes["state_slots"] = (seqs,)
-        return {n: torch.zeros(s, dtype=torch.int32, device=self.device) for n, s in sizes.items()}
-
-    def _columns(self, group: GroupInfo) -> int:
-        return -(-self.info.max_model_len // group.page_size)
-
-    def _stage(self, batch: StepBatch) -> None:
-        for name, array in batch.inputs().items():
-            place = self._inputs[name]
-            place[: array.shape[0]].copy_(torch.from_numpy(array), non_blocking=True)
-
     def _bind(self, variant: Variant, tokens: int, seqs: int, rows: int) -> BoundPlan:
         key = (variant.name, tokens, seqs, rows)
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
         sizes = {"T": tokens, "S": seqs, "R": rows}
-        for name, group in self.info.groups.items():
-            sizes[f"N_{name}"] = group.num_units
-            if group.kind == "page":
-                sizes[f"P_{name}"] = self._columns(group)
-        plan = bind(variant, sizes, self._roots, self._arena, self._kernels, self.device)
+        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, c in self._layout.page_groups}
+        inputs = {n: self._step_buffer[f.offset : f.offset + math.prod(f.shape)] for n, f in self._layout.fields(tokens, seqs, rows).items()}
+        plan = bind(variant, sizes, self._roots | inputs, self._arena, self._kernels, self.device)
         self._bound[key] = plan
         if len(self._bound) > BOUND_PLANS:
             self._bound.popitem(last=False)
@@ -122,5 +104,6 @@ class Executor:
         for i, v in enumerate(variants):
             progress("capture CUDA graphs", i / len(variants))
             n = v.max_seqs
-            self._stage(StepBatch.padding(n, self.info))
+            padding = StepBatch(self._layout, 0, 0, 0).pad_to(n, n, n)
+            self._step_buffer[: padding.buffer.size].copy_(torch.from_numpy(padding.buffer))
             self._captured[v.name] = capture(self._bind(v, n, n, n), pool)

@@ -55,13 +55,17 @@ def plan_memory(artifact: Artifact, arena_bytes: int, *, max_model_len: int | No
     capacity = (num_pages or 0) * page_size
     if room < 0 or (paged and capacity < min(longest, LEAST_TOKENS)):
         need = weight_bytes + arena_bytes + slot_bytes + page_bytes * -(-min(longest, LEAST_TOKENS) // page_size)
-        raise MemoryPlanError(f"{manifest.model.name} does not fit: weights {_gb(weight_bytes)}, arena {_gb(arena_bytes)} and the smallest cache need {_gb(need)}, "
-                              f"{where} has {_gb(free)} for it: {_gb(need - free)} are missing; compile with a smaller --max-num-batched-tokens or quantize")  # fmt: skip
+        raise MemoryPlanError(
+            f"{manifest.model.name} does not fit: weights {_gb(weight_bytes)}, arena {_gb(arena_bytes)} and the smallest cache need {_gb(need)}, "
+            f"{where} has {_gb(free)} for it: {_gb(need - free)} are missing; compile with a smaller --max-num-batched-tokens or quantize"
+        )
     if paged and capacity < longest:
         if max_model_len is not None:
             short = (longest - capacity) * page_bytes // page_size
-            raise MemoryPlanError(f"a sequence of --max-model-len {longest} tokens takes {_gb(longest * page_bytes // page_size)} of KV cache, {_gb(short)} more than "
-                                  f"{where} has left; use --max-model-len {capacity} or less")  # fmt: skip
+            raise MemoryPlanError(
+                f"a sequence of --max-model-len {longest} tokens takes {_gb(longest * page_bytes // page_size)} of KV cache, "
+                f"{_gb(short)} more than {where} has left; use --max-model-len {capacity} or less"
+            )
         longest = capacity
     units = {g.name: (slots if g.kind == "slot" else num_pages or 0) for g in manifest.groups}
     return MemoryPlan(units, longest, weight_bytes, arena_bytes, sum(g.bytes_per_unit * units[g.name] for g in manifest.groups))

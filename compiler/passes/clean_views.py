@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from ingot.ops import Graph
 from ingot.ops.target import Target
-from torch import fx
 
 from .match import calls, drop_unused, replace, same_shape
 

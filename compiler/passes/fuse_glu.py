@@ -6,9 +6,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import fx
+
 from ingot.ops import Graph, InputSpec
 from ingot.ops.target import Target
-from torch import fx
 
 from ..from_function import from_function
 from .match import aten, calls, column_slice, drop_unused, ingot, replace

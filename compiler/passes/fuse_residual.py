@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from ingot.ops import Graph, InputSpec
 from ingot.ops.target import Target
-from torch import fx
 
 from ..from_function import from_function
 from .match import aten, calls, drop_unused, ingot, replace, same_shape

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from ingot.ops import Graph, InputSpec, StateSpec
 from ingot.ops.graph import new_version
 from ingot.ops.target import Target
-from torch import fx
 
 from ..from_function import from_function
 from .match import argument, calls, column_slice, drop_unused, ingot

@@ -6,8 +6,9 @@ import operator
 from typing import Any
 
 import torch
-from ingot.ops import Graph
 from torch import fx
+
+from ingot.ops import Graph
 
 aten = torch.ops.aten
 ingot = torch.ops.ingot

@@ -6,9 +6,10 @@ One pass over x and one launch serve all of them. A weight that has another read
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from ingot.ops import Graph, InputSpec, Recipe, Weight
 from ingot.ops.target import Target
-from torch import fx
 
 from ..from_function import from_function
 from .match import aten, calls, drop_unused, ingot
