@@ -1,0 +1,53 @@
+"""Tokens to text while they arrive."""
+
+from __future__ import annotations
+
+import codecs
+
+from .tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one sequence, as far as it is decided.
+
+    A character is given out when all its bytes are there; what could be the beginning of a stop string, when it is clear that
+    it is not. Invalid bytes become U+FFFD. The text ends before the stop string that is complete first (of several at the same
+    place the longest), whatever the tokens' boundaries.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self.stopped: str | None = None  # the stop string that was found
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token decides; "" once stopped."""
+        return self._decide(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+
+    def finish(self) -> str:
+        """What was held back, when no token will follow."""
+        text = self._decide(self._utf8.decode(b"", final=True))
+        text, self._held = text + self._held, ""
+        return text
+
+    def _decide(self, text: str) -> str:
+        if self.stopped is not None:
+            return ""
+        if not self._stop:
+            return text
+        text = self._held + text
+        found = [(begin + len(s), -len(s), s) for s in self._stop if (begin := text.find(s)) >= 0]
+        if found:
+            end, _, self.stopped = min(found)
+            self._held = ""
+            return text[: end - len(self.stopped)]
+        keep = self._undecided(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = min(len(text), max(len(s) for s in self._stop) - 1)
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)

@@ -1,0 +1,273 @@
+"""The engine: requests in, deltas out, one step at a time."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import msgspec
+
+from ingot.artifacts.manifest import ModelInfo
+from ingot.ops.errors import IngotError
+
+from .batch import Sampled, StepBatch, StepLayout, pack, sampling_record
+from .detokenizer import Detokenizer
+from .kv_cache import GroupInfo, KVCache
+from .request import Delta, FinishReason, Request, RequestError, Sequence, Status, TokenLogprob
+from .scheduler import Scheduled, Scheduler
+from .tokenizer import Tokenizer
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # between the continuations of a request
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run an artifact on this machine. None: what the artifact was compiled for, or as much as fits."""
+
+    max_model_len: int | None = None  # tokens of a sequence
+    gpu_memory_utilization: float = 0.9  # fraction of the device's memory that may be used
+    num_pages: int | None = None  # of each page group
+    enable_prefix_caching: bool = True
+    max_num_batched_tokens: int | None = None  # tokens of a step
+    num_threads: int | None = None  # of the CPU
+
+
+@dataclass(frozen=True)
+class ExecutorInfo:
+    """What an executor can take. `groups` by name, in the order of the manifest."""
+
+    groups: Mapping[str, GroupInfo]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    max_num_rows: int = 0  # rows of logits of a step; 0: as many as tokens
+
+
+class Executor(Protocol):
+    """Runs steps: here, on another device, or in a group of workers to whom the batch's buffer is sent."""
+
+    @property
+    def info(self) -> ExecutorInfo: ...
+
+    def step(self, batch: StepBatch) -> Sampled:
+        """One step; numpy arrays, for the batch's R rows."""
+        ...
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Counts since the start, except `running`, `waiting` (sequences) and `pages` (used and total, by group)."""
+
+    running: int
+    waiting: int
+    pages: dict[str, tuple[int, int]]
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_caching_off: str  # why; "" when it is on
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step on its way: what was asked of the executor, and its answer."""
+
+    scheduled: list[Scheduled]
+    sampled: Sampled
+
+
+class Engine:
+    """Schedules requests over an executor. Not thread-safe: one thread adds, aborts and steps.
+
+    Without a tokenizer there is no text: deltas carry token ids only and stop strings are refused.
+    """
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer | None, model_info: ModelInfo, *, enable_prefix_caching: bool = True,
+                 max_num_batched_tokens: int | None = None) -> None:  # fmt: skip
+        info = executor.info
+        budget = info.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
+        if not 1 <= budget <= info.max_num_batched_tokens:
+            raise RequestError(f"max_num_batched_tokens is {budget}; the artifact serves steps of 1 to {info.max_num_batched_tokens} tokens")
+        self.executor, self.tokenizer, self.model_info, self.info = executor, tokenizer, model_info, info
+        self.cache = KVCache(info.groups, info.max_num_seqs, info.max_model_len, enable_prefix_caching)
+        self.max_model_len = min(info.max_model_len, self.cache.capacity)
+        self.scheduler = Scheduler(self.cache, max_num_seqs=self.cache.num_rows, max_num_batched_tokens=budget, max_num_rows=info.max_num_rows)
+        self._layout = StepLayout.of(self.cache)
+        self._eos = frozenset(model_info.eos_token_ids)
+        self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
+        self._siblings: dict[Sequence, list[Sequence]] = {}  # who waits for the prompt that this one computes
+        self._ended: list[Delta] = []  # of requests that ended between steps
+        self._numbers = count()
+        self._prompt_tokens = self._generated_tokens = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.info.vocab_size
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to say."""
+        return bool(self._requests or self._ended)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. RequestError when it cannot be served; nothing else is affected then."""
+        self._check(request)
+        params, prompt = request.params, request.prompt_token_ids
+        max_tokens = self.max_model_len - len(prompt) if params.max_tokens is None else params.max_tokens
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        number = next(self._numbers)
+        sequences = [
+            Sequence(
+                request=request,
+                index=i,
+                order=(request.priority, request.arrival, number, i),
+                max_tokens=max_tokens,
+                token_ids=list(prompt),
+                sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
+                detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop),
+                prompt_logprobs=[] if params.prompt_logprobs is None else [None],
+            )
+            for i in range(params.n)
+        ]
+        # With prefix caching the others wait until they can share the first one's pages.
+        together = 1 if not self.cache.prefix_caching_off else params.n
+        for seq in sequences[:together]:
+            self.scheduler.add(seq)
+        if sequences[together:]:
+            self._siblings[sequences[0]] = sequences[together:]
+        self._requests[request.id] = sequences
+
+    def _check(self, request: Request) -> None:
+        prompt, params, vocab_size = request.prompt_token_ids, request.params, self.info.vocab_size
+        where = f"request {request.id}"
+        if request.id in self._requests:
+            raise RequestError(f"{where}: the id is in use; give every request its own")
+        if not prompt:
+            raise RequestError(f"{where}: the prompt is empty; it needs at least one token")
+        wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"{where}: prompt token {wrong} is not in the vocabulary of {vocab_size}")
+        total = len(prompt) + (params.max_tokens or 1)
+        if total > self.info.max_model_len:
+            raise RequestError(
+                f"{where}: {len(prompt)} prompt tokens and max_tokens {params.max_tokens} make {total}, and the model serves {self.info.max_model_len}; "
+                "lower max_tokens or shorten the prompt"
+            )
+        if params.max_tokens is None and len(prompt) >= self.max_model_len:
+            raise RequestError(f"{where}: {len(prompt)} prompt tokens fill the whole KV cache of {self.max_model_len}; give it more memory")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > vocab_size:
+                raise RequestError(f"{where}: {name} is {getattr(params, name)}; the vocabulary has {vocab_size} tokens")
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"{where}: stop strings need a tokenizer, and the artifact has none; use stop_token_ids")
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its pages now; its last deltas come with the next step. An unknown or finished id is ignored."""
+        for seq in list(self._requests.get(request_id, ())):
+            self._ended.append(self._end(seq, "abort"))
+
+    def step(self) -> list[Delta]:
+        """Compute one step; what it added to each sequence, at most one delta a sequence."""
+        launched = self._launch()
+        ended, self._ended = self._ended, []
+        return ended if launched is None else ended + self._collect(launched)
+
+    # Launching and collecting are apart so that a step can be launched while the one before is still running.
+
+    def _launch(self) -> _Launched | None:
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return None
+        try:
+            return _Launched(scheduled, self.executor.step(pack(scheduled, self.cache, self._layout)))
+        except IngotError as e:  # nothing of this step can be trusted; whoever waits can still be served
+            self._ended += [self._end(seq, "error", str(e)) for seq, _ in scheduled]
+            return None
+
+    def _collect(self, launched: _Launched) -> list[Delta]:
+        rows = [(seq, seq.prompt_rows(n), seq.samples(n)) for seq, n in launched.scheduled]
+        self.scheduler.update(launched.scheduled)
+        tokens, logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in launched.sampled)
+
+        def logprob(row: int, wanted: int) -> TokenLogprob:
+            top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)) if wanted else ()
+            return TokenLogprob(tokens[row], logprobs[row], top)
+
+        deltas, row = [], 0
+        for seq, prompt_rows, samples in rows:
+            params = seq.request.params
+            for _ in prompt_rows:
+                seq.prompt_logprobs.append(logprob(row, params.prompt_logprobs or 0))
+                row += 1
+            if samples:
+                if seq.status is not Status.FINISHED:
+                    deltas.append(self._append(seq, tokens[row], None if params.logprobs is None else [logprob(row, params.logprobs)]))
+                row += 1
+        return deltas
+
+    def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
+        """One more token of `seq`, and what follows from it."""
+        if token < 0:
+            return self._end(seq, "error", "the model's logits are not finite: its weights or kernels are damaged")
+        params, detokenizer = seq.request.params, seq.detokenizer
+        prompt_logprobs = None
+        if seq.num_output == 0:
+            self._start_siblings(seq)
+            if seq.index == 0:
+                self._prompt_tokens += seq.num_prompt
+                prompt_logprobs = seq.prompt_logprobs or None
+        seq.token_ids.append(token)
+        self._generated_tokens += 1
+        text = ""
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token in self._eos and not params.ignore_eos:
+            reason = "stop"
+        elif token in params.stop_token_ids:
+            reason, stop_reason = "stop", token
+        elif detokenizer is not None:
+            text = detokenizer.feed(token)
+            if detokenizer.stopped is not None:
+                reason, stop_reason = "stop", detokenizer.stopped
+        if reason is None and seq.num_output >= seq.max_tokens:
+            reason = "length"
+        if reason is not None:
+            text += self._free(seq)
+        return Delta(seq.request.id, seq.index, seq.usage(), [token], text, logprobs, prompt_logprobs, reason, stop_reason)
+
+    def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> Delta:
+        """End `seq` without another token."""
+        text = self._free(seq)
+        return Delta(seq.request.id, seq.index, seq.usage(), text=text, finish_reason=reason, stop_reason=stop_reason)
+
+    def _free(self, seq: Sequence) -> str:
+        """Take `seq` out, and free what it holds; the text that was held back."""
+        self._start_siblings(seq)
+        self.scheduler.finish(seq)
+        alive = self._requests[seq.request.id]
+        alive.remove(seq)
+        if not alive:
+            del self._requests[seq.request.id]
+        return "" if seq.detokenizer is None else seq.detokenizer.finish()
+
+    def _start_siblings(self, seq: Sequence) -> None:
+        """Those that waited for the prompt of `seq` find it in the prefix cache, or compute it themselves if `seq` came to nothing."""
+        for sibling in self._siblings.pop(seq, ()):
+            self.scheduler.add(sibling)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.num_waiting + sum(map(len, self._siblings.values())),
+            pages={name: (pool.num_used, len(pool.refs)) for name, pool in self.cache.pools.items()},
+            prefix_query_tokens=self.cache.prefix_queries,
+            prefix_hit_tokens=self.cache.prefix_hits,
+            preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            prefix_caching_off=self.cache.prefix_caching_off,
+        )

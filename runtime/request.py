@@ -1,0 +1,186 @@
+"""What is asked of the engine and what it answers: requests, their sequences, deltas. No torch.
+
+Everything that crosses to another process is a `msgspec.Struct`; `Sequence` never leaves the engine.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from ingot.ops.errors import IngotError
+
+if TYPE_CHECKING:
+    from .detokenizer import Detokenizer
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+GREEDY_TEMPERATURE = 1e-5
+"""Below it a temperature means greedy: dividing by it would overflow, and the result would be the same."""
+
+
+class RequestError(IngotError):
+    """A request that cannot be served as it stands; the message names the field and what it may be."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("n", lambda v: _is_count(v, 1), "an integer ≥ 1"),
+    ("max_tokens", lambda v: v is None or _is_count(v, 1), "an integer ≥ 1, or None for as many as fit"),
+    ("temperature", lambda v: _is_number(v) and 0 <= v < float("inf"), "a number ≥ 0"),
+    ("top_k", lambda v: _is_count(v, -1), "an integer ≥ 1, or 0 or −1 for no limit"),
+    ("top_p", lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    ("min_p", lambda v: _is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    ("seed", lambda v: v is None or (_is_count(v, -(2**63)) and v < 2**64), "an integer of 64 bits, or None"),
+    ("stop", lambda v: all(isinstance(s, str) and s for s in v), "strings that are not empty"),
+    ("stop_token_ids", lambda v: all(_is_count(t, 0) for t in v), "token ids ≥ 0"),
+    ("logprobs", lambda v: v is None or _is_count(v, 0), "an integer ≥ 0, or None"),
+    ("prompt_logprobs", lambda v: v is None or _is_count(v, 0), "an integer ≥ 0, or None"),
+)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How to continue a prompt. RequestError when a field is out of its range.
+
+    Filters apply in the order top-k, top-p (on what top-k left, renormalized), min-p. Log-probabilities are natural,
+    of the model's own distribution, before temperature.
+    """
+
+    n: int = 1  # independent continuations
+    max_tokens: int | None = 16  # None: as many as the model's length and the KV cache hold
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0 or −1: off
+    top_p: float = 1.0
+    min_p: float = 0.0  # keeps tokens with at least this fraction of the most probable one's probability
+    seed: int | None = None  # the same seed gives the same tokens, whatever else runs
+    stop: tuple[str, ...] = ()  # the text ends before the first of them
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # 0: of the chosen token; n: also of the n most probable ones
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        for name, holds, wanted in _RULES:
+            value = getattr(self, name)
+            if not holds(value):
+                raise RequestError(f"{name} is {value!r}; it must be {wanted}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A tokenized prompt and what to do with it."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams = SamplingParams()
+    priority: int = 0  # lower goes first; equals by arrival
+    arrival: float = msgspec.field(default_factory=time.monotonic)  # seconds
+    cache_keys: tuple[str, ...] = ()  # what else decides the KV of a token: adapter, media, salt
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token's natural-log probability, and the most probable (token id, log-probability) pairs, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens so far: of the prompt, those of it whose KV came from the prefix cache, generated."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one step added to continuation `index` of a request.
+
+    `token_ids` include the end-of-sequence or stop token, `text` does not; `text` may lag behind while characters or
+    stop strings are undecided. `prompt_logprobs` (None for the first token) come once, with index 0's first token.
+    """
+
+    request_id: str
+    index: int
+    usage: Usage
+    token_ids: list[int] = []
+    text: str = ""
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or token id; of an error, what happened
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One continuation of a request, as the scheduler sees it: tokens, of which the first `num_computed` have their KV."""
+
+    request: Request
+    index: int
+    order: tuple[float, ...]  # who goes first; the last one is preempted first
+    max_tokens: int
+    token_ids: list[int]  # prompt and output
+    sampling: bytes = b""  # `batch.sampling_record`
+    detokenizer: Detokenizer | None = None
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet
+    row: int = -1  # of the page tables, while it is running
+    page_hashes: dict[int, list[bytes]] = field(default_factory=dict)  # by page size
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some are still to be computed: continuation 0 does it for all."""
+        return self.index == 0 and self.request.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    def prompt_rows(self, num_new: int) -> range:
+        """Positions among the next `num_new` whose logits give the next prompt token a log-probability that is still wanted."""
+        if not self.wants_prompt_logprobs:
+            return range(0)
+        # prompt_logprobs[i] comes from the logits of position i − 1; entry 0 is None.
+        return range(max(self.num_computed, len(self.prompt_logprobs) - 1), min(self.num_computed + num_new, self.num_prompt - 1))
+
+    def samples(self, num_new: int) -> bool:
+        """Whether the next `num_new` tokens reach the end, so that the step yields a token."""
+        return self.num_computed + num_new == len(self.token_ids)
+
+    def usage(self) -> Usage:
+        return Usage(self.num_prompt, max(self.num_cached, 0), self.num_output)

@@ -1,0 +1,154 @@
+"""From logits to tokens, on CPU and CUDA alike, without waiting for the device.
+
+Randomness is counter-based: the noise of a token is a hash (SplitMix64; Steele, Lea and Flood 2014) of the request's seed,
+the step and the token's id, and the token with the largest log-probability plus Gumbel noise is an exact draw. What a
+request gets therefore depends on nothing else in its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from .batch import Sampled, StepBatch
+
+_CHUNK = 1 << 22  # logits worked on at once, which bounds the temporaries
+WORKSPACE_BYTES = 8 * 8 * _CHUNK
+"""Memory that `sample` needs at most beside the logits, unless one row alone has more than `_CHUNK` of them."""
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """How to sample each of R rows (`batch.SAMPLING`): tensors on the logits' device, and what the host knows of them."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor  # int64
+    step: torch.Tensor
+    target: torch.Tensor
+    random: bool  # some row is not greedy
+    plain: bool  # some random row has neither top-k nor top-p
+    num_candidates: int  # that the rows with top-k or top-p need: the largest top_k; 0: no such row; −1: all tokens
+    num_logprobs: int  # the most that a row asks for; −1: no row asks
+    targets: bool  # some row has one
+
+    @classmethod
+    def from_batch(cls, batch: StepBatch, buffer: torch.Tensor | None = None) -> SamplingRows:
+        """Rows of `batch`; `buffer` is its buffer on the device (default: the CPU)."""
+        host = batch.arrays
+        if buffer is None:
+            buffer = torch.from_numpy(batch.buffer)
+
+        def tensor(name: str, dtype: torch.dtype) -> torch.Tensor:
+            field = batch.fields[name]
+            return buffer[field.offset : field.offset + math.prod(field.shape)].view(dtype)
+
+        random = host["temperature"] > 0
+        nucleus = host["top_p"] < 1
+        truncated = random & ((host["top_k"] > 0) | nucleus)
+        unbounded = (random & nucleus & (host["top_k"] == 0)).any()
+        return cls(
+            temperature=tensor("temperature", torch.float32),
+            top_k=tensor("top_k", torch.int32),
+            top_p=tensor("top_p", torch.float32),
+            min_p=tensor("min_p", torch.float32),
+            seed=tensor("seed", torch.int64),
+            step=tensor("step", torch.int32),
+            target=tensor("target", torch.int32),
+            random=bool(random.any()),
+            plain=bool((random & ~truncated).any()),
+            num_candidates=-1 if unbounded else int(host["top_k"].max(where=truncated, initial=0)),
+            num_logprobs=int(host["num_logprobs"].max(initial=-1)),
+            targets=bool((host["target"] >= 0).any()),
+        )
+
+    def chunk(self, begin: int, end: int) -> SamplingRows:
+        return replace(self, **{k: v[begin:end] for k, v in vars(self).items() if isinstance(v, torch.Tensor)})  # type: ignore[arg-type]
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
+    """One token for each row of `logits` [R, V] (float16, bfloat16 or float32), and the log-probabilities asked for."""
+    if not rows.random and rows.num_logprobs < 0:
+        best, tokens = logits.max(-1)
+        return Sampled(torch.where(best.isfinite(), tokens, -1).int())
+    size = max(1, _CHUNK // logits.shape[1])
+    if logits.shape[0] <= size:
+        return _sample(logits, rows)
+    parts = [_sample(logits[b : b + size], rows.chunk(b, b + size)) for b in range(0, logits.shape[0], size)]
+    return Sampled(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
+    logits = logits.float()
+    best, tokens = logits.max(-1)
+    if rows.random:
+        random = rows.temperature > 0
+        scores = (logits - best[:, None]) / torch.where(random, rows.temperature, 1.0)[:, None]
+        truncated = (rows.top_k > 0) | (rows.top_p < 1)
+        if rows.plain:
+            tokens = torch.where(random & ~truncated, _draw(scores, torch.arange(scores.shape[1], device=scores.device), rows), tokens)
+        if rows.num_candidates:
+            tokens = torch.where(random & truncated, _draw_truncated(scores, rows), tokens)
+    if rows.targets:
+        tokens = torch.where(rows.target >= 0, rows.target.long(), tokens)
+    finite = best.isfinite()
+    if rows.num_logprobs < 0:
+        return Sampled(torch.where(finite, tokens, -1).int())
+    total = logits.logsumexp(-1, keepdim=True)
+    logprobs = (logits.gather(1, tokens[:, None]) - total)[:, 0]
+    tokens = torch.where(finite, tokens, -1).int()
+    if rows.num_logprobs == 0:
+        return Sampled(tokens, logprobs)
+    top = logits.topk(min(rows.num_logprobs, logits.shape[1]))
+    return Sampled(tokens, logprobs, top.indices.int(), top.values - total)
+
+
+def _draw_truncated(scores: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """A draw from what top-k and top-p leave of `scores` [R, V]."""
+    count = scores.shape[1] if rows.num_candidates < 0 else min(rows.num_candidates, scores.shape[1])
+    ids = _largest(scores, count)
+    scores = scores.gather(1, ids)
+    rank = torch.arange(count, device=scores.device)
+    scores = scores.masked_fill((rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0), float("-inf"))
+    probabilities = scores.softmax(-1)
+    mass_before = probabilities.cumsum(-1) - probabilities
+    scores = scores.masked_fill((mass_before >= rows.top_p[:, None]) & (rank > 0), float("-inf"))
+    return ids.gather(1, _draw(scores, ids, rows)[:, None])[:, 0]
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids of the `count` largest of each row, in order; among equals the lower id, so that ties do not depend on `count` or the batch."""
+    bits = scores.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # compares like the float
+    last = scores.shape[1] - 1
+    keys = (ordered.long() << 32) | torch.arange(last, -1, -1, device=scores.device)
+    return last - (keys.topk(count).values & 0xFFFFFFFF)
+
+
+def _draw(scores: torch.Tensor, ids: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Index of one column per row, with probability softmax(scores) over those within min-p of the best, which is 0. ids: [V] or [R, K]."""
+    scores = scores.masked_fill(scores < rows.min_p.log()[:, None], float("-inf"))
+    return (scores + _gumbel(rows.seed, rows.step, ids)).argmax(-1)
+
+
+def _gumbel(seed: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, a pure function of seed [R], step [R] and token ids ([V] or [R, K])."""
+    stream = _mix(_mix(seed + _GOLDEN) + step.long() * _GOLDEN)
+    bits = _mix(stream[:, None] + (ids + 1) * _GOLDEN)
+    # Small values of −log(1 − u) decide a draw: u near 0 keeps its full relative precision as a float.
+    uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).float() + 0.5) * 2.0**-53
+    return -(-torch.log1p(-uniform)).log()
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer; shifts are logical, products wrap."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - (1 << 64))
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
