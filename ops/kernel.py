@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from .dims import Dim
+from .dims import Dim, evaluate
 from .target import Target
 
 Backend = Literal["tvm", "triton", "torch"]
@@ -50,6 +50,10 @@ class Steps:
     exact: bool
     page_size: int = 16
     deterministic: bool = False
+
+    def bound(self, dim: Dim) -> int:
+        """The largest value of a size over T, S and R."""
+        return evaluate(dim, {"T": self.max_tokens, "S": self.max_seqs, "R": self.max_rows})
 
 
 @dataclass(frozen=True)

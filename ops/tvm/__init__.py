@@ -1,0 +1,11 @@
+"""CPU kernel families: TVMScript for the loops, LLVM functions (`vector.py`) for what one instruction set does best."""
+
+from importlib import import_module
+
+FAMILIES = ("linear", "norm")
+
+
+def load() -> None:
+    """Import every family, so that its claims are registered. Needs no TVM: families write source text."""
+    for family in FAMILIES:
+        import_module(f"{__name__}.{family}")

@@ -1,0 +1,121 @@
+"""Linear layers for a few rows: the weight [N, K], as the checkpoint has it, is read once, at memory bandwidth.
+
+A task makes eight columns. It takes the weight rows behind them by fours, and these meet all rows of x while they
+lie in the first cache: rows of x by fours, the rest one by one, each product a vector of partial sums that is reduced at
+the end of K. Larger T is oneDNN's (the claimants of `ops/library.py`), over the same weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from textwrap import indent
+
+from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
+from ..target import Target
+from .vector import DTYPES, Vectors
+
+MAX_ROWS = 16
+GROUP = 4
+"""Rows of x, and rows of the weight, that are multiplied together: 16 accumulators."""
+COLUMNS = 8
+"""Columns of a result that a task makes."""
+
+
+@claims("linear", "tvm")
+def linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target, [n for n in ("bias",) if call.args[n] is not None])
+
+
+@claims("linear_add", "tvm")
+def linear_add(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target, [n for n in ("bias", "residual") if call.args[n] is not None])
+
+
+@claims("linear_glu", "tvm")
+def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target, [])
+
+
+def _candidates(call: Call, steps: Steps, target: Target, addends: list[str]) -> list[Candidate]:
+    x, weight = call.args["x"], call.args["weight"]
+    tensors = [x, weight, *(call.args[a] for a in addends)]
+    if len(x.shape) != 2 or steps.bound(x.shape[0]) > MAX_ROWS or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
+        return []
+    text = _script(Vectors(target), call, min(steps.bound(x.shape[0]), MAX_ROWS), addends)
+    operands = [Operand(arg=a) for a in ("x", "weight", *addends)] + [Operand(out=0)]
+    return [Candidate("stream", (Launch(Source(call.op, "tvm", call.op, text), tuple(operands)),))]
+
+
+def _script(v: Vectors, call: Call, max_rows: int, addends: list[str]) -> str:
+    weight: Tensor = call.args["weight"]
+    dtype = DTYPES[weight.dtype]
+    (n, k), act = weight.shape, call.args.get("act")
+    columns = n // 2 if act else n
+    tile = _Tile(v, dtype, k, columns, ("gate", "up") if act else ("sums",))
+
+    results = [v.load("float32", f"{name}[t * {COLUMNS}]", str(COLUMNS)) for name in tile.sums]
+    result = f"{v.call(act, results[0])} * {results[1]}" if act else results[0]
+    count = f"T.min({columns} - first, {COLUMNS})" if columns % COLUMNS else str(COLUMNS)
+    for addend in addends:
+        result += f" + {v.load(dtype, 'bias[first]' if addend == 'bias' else 'residual[t, first]', count)}"
+
+    allocated = "\n".join(f'{name} = T.alloc_buffer(({max_rows * COLUMNS},), "float32", scope="global")' for name in tile.sums)
+    by_group = f"for group in T.serial(rows // {GROUP}):\n{tile(GROUP, f'group * {GROUP}')}"
+    body = f"""
+for task in T.parallel({-(-columns // COLUMNS)}):
+    first: T.let = task * {COLUMNS}
+{indent(allocated, "    ")}
+    for part in T.serial({COLUMNS // tile.width}):
+{indent(by_group, "        ") if max_rows >= GROUP else ""}
+        for single in T.serial(rows % {GROUP}):
+{indent(tile(1, f"rows // {GROUP} * {GROUP} + single"), "        ")}
+    for t in T.serial(rows):
+        {v.store(dtype, "y[t, first]", result, count)}
+"""
+    shapes = {"bias": (columns,), "residual": ("rows", columns)}
+    buffers = [("x", dtype, ("rows", k)), ("weight", dtype, (n, k)), *((a, dtype, shapes[a]) for a in addends), ("y", dtype, ("rows", columns))]
+    return v.script(call.op, buffers, body)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """GROUP weight rows, those of number `part` in a task, meet a group of x's rows: their products go to `sums`.
+
+    With a GLU, half of the weight rows are the gate's and half the up projection's, for the same columns.
+    """
+
+    vectors: Vectors
+    dtype: str
+    k: int
+    columns: int
+    sums: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Columns of the result that are made at once."""
+        return GROUP // len(self.sums)
+
+    def __call__(self, group: int, t: str) -> str:
+        v, step = self.vectors, self.vectors.step(self.dtype)
+        whole, rest = self.k // step, self.k % step
+        lines = [f"t: T.let = {t}"]
+        # One buffer a weight row: TVM keeps only small ones on the stack, from where LLVM takes them into registers.
+        lines += [f'acc{r} = T.alloc_buffer(({group},), "{v.type}", scope="global")' for r in range(GROUP)]
+        lines += [f"for m in T.unroll({group}):", *(f"    acc{r}[m] = {v.splat(0.0)}" for r in range(GROUP))]
+        lines += [f"for k in T.serial({whole}):", indent(self._products(group, f"k * {step}", None), "    ")] if whole else []
+        lines += [self._products(group, str(whole * step), str(rest))] if rest else []
+        lines += [f"for m in T.unroll({group}):"]
+        for r in range(GROUP):
+            name, column = self.sums[r // self.width], r % self.width
+            lines.append(f"    {name}[(t + m) * {COLUMNS} + part * {self.width} + {column}] = {v.sum(f'acc{r}[m]')}")
+        return indent("\n".join(lines), "    ")
+
+    def _products(self, group: int, k: str, count: str | None) -> str:
+        lines = [f"for m in T.unroll({group}):"]
+        for r in range(GROUP):
+            column = f"first + part * {self.width} + {r % self.width}"
+            if self.columns % COLUMNS:
+                column = f"T.min({column}, {self.columns - 1})"
+            row = f"{self.columns} + {column}" if r >= self.width else column
+            lines.append(f"    acc{r}[m] = {self.vectors.dot(self.dtype, f'acc{r}[m]', f'x[t + m, {k}]', f'weight[{row}, {k}]', count)}")
+        return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""The vocabulary that CPU kernels are written in: float32 vectors as wide as the target's registers.
+
+TVMScript gives a kernel its loops, indices and branches. What moves and computes vectors are the functions below, in LLVM
+IR, inlined into the kernel: TVM has no masked loads, its bfloat16 vectors do not survive code generation, and its `exp` is
+scalar. A kernel's text contains those that it calls, so it can be read and compiled alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from textwrap import indent
+
+import torch
+
+from ..kernel import Steps, Tensor
+from ..target import Target
+from . import llvm
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""What kernels read and write; they compute in float32."""
+
+STACK_BYTES = 1024
+"""The largest buffer that TVM keeps on the stack; more would be allocated from the heap at each call."""
+
+
+class Vectors:
+    """Expressions and statements of TVMScript over vectors of a target: `lanes` float32, of TVM's type `type`.
+
+    `ref` is a buffer element such as "x[t, k]", the first of those that are read or written; `count`, when given, is how
+    many of them there are, at most a vector's: the others are read as 0 and not written.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.lanes = 16 if {"avx512f", "avx512bw", "avx512vl"} <= target.features else 8
+        self.native_bfloat16 = self.lanes == 16 and "avx512_bf16" in target.features
+        self.type = f"float32x{self.lanes}"
+
+    def splat(self, scalar: str | float) -> str:
+        """A float32 in every lane."""
+        value = scalar if isinstance(scalar, str) else f"T.float32({scalar!r})"
+        return f"T.broadcast({value}, {self.lanes})"
+
+    def call(self, function: str, *args: str) -> str:
+        """A vector from one of the functions below: "exp", "silu", …"""
+        return f'T.call_extern("{self.type}", "{function}", {", ".join(args)})'
+
+    def sum(self, vector: str) -> str:
+        return f'T.call_extern("float32", "sum", {vector})'
+
+    def max(self, vector: str) -> str:
+        return f'T.call_extern("float32", "max", {vector})'
+
+    def load(self, dtype: str, ref: str, count: str | None = None) -> str:
+        """`lanes` elements as float32."""
+        return self.call(f"load_{dtype}", _address(ref)) if count is None else self.call(f"load_part_{dtype}", _address(ref), count)
+
+    def store(self, dtype: str, ref: str, vector: str, count: str | None = None) -> str:
+        """A statement that rounds to nearest even and writes `lanes` elements."""
+        name, args = (f"store_{dtype}", [vector]) if count is None else (f"store_part_{dtype}", [vector, count])
+        return f'T.evaluate(T.call_extern("void", "{name}", {_address(ref)}, {", ".join(args)}))'
+
+    def load_one(self, dtype: str, ref: str) -> str:
+        """One element as a float32."""
+        return f'T.call_extern("float32", "load_one_{dtype}", {_address(ref)})'
+
+    def store_one(self, dtype: str, ref: str, scalar: str) -> str:
+        return f'T.evaluate(T.call_extern("void", "store_one_{dtype}", {_address(ref)}, {scalar}))'
+
+    def step(self, dtype: str) -> int:
+        """How many elements one `dot` consumes: bfloat16 is multiplied in pairs."""
+        return self.lanes * (2 if dtype == "bfloat16" else 1)
+
+    def dot(self, dtype: str, acc: str, a: str, b: str, count: str | None = None) -> str:
+        """acc + products of `step(dtype)` elements from refs a and b; the sum over its lanes is what counts."""
+        args = [acc, _address(a), _address(b)]
+        return self.call(f"dot_{dtype}", *args) if count is None else self.call(f"dot_part_{dtype}", *args, count)
+
+    def over(self, size: int, body: Callable[[str, str | None], list[str]], depth: int) -> str:
+        """A loop over a dimension by vectors, indented by `depth` levels: `body(first element, count)` gives its lines; the last vector may be a part."""
+        whole, rest = size // self.lanes * self.lanes, size % self.lanes
+        lines = [f"for k in T.serial({whole // self.lanes}):", *(f"    {line}" for line in body(f"k * {self.lanes}", None))] if whole else []
+        return indent("\n".join(lines + (body(str(whole), str(rest)) if rest else [])), "    " * depth)
+
+    def script(self, name: str, buffers: Sequence[tuple[str, str, Sequence[int | str]]], body: str, scalars: Sequence[tuple[str, str]] = ()) -> str:
+        """The text of a PrimFunc `name` over buffers (name, dtype, shape), then scalars (name, dtype).
+
+        A name in a shape is a size that is known when it runs, an int32 that `body` may use.
+        """
+        sizes = dict.fromkeys(d for _, _, shape in buffers for d in shape if isinstance(d, str))
+        lines = [f"{size} = T.int32()" for size in sizes]
+        for buffer, dtype, shape in buffers:
+            # The alignment of the element alone: a view may begin anywhere.
+            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{dtype}", align={_BYTES[dtype]})')
+        declared = "\n".join(lines)
+        parameters = ", ".join([f"{b}_: T.handle" for b, _, _ in buffers] + [f"{s}: T.{t}" for s, t in scalars])
+        body = "\n".join(line for line in body.splitlines() if line.strip())
+        return (
+            f"@T.prim_func\ndef {name}({parameters}):\n"
+            f'    T.func_attr({{"global_symbol": "{name}", "tirx.noalias": True}})\n{indent(declared, "    ")}\n'
+            f'    with T.attr(0, "pragma_import_llvm", """{self._functions(body)}"""):\n{indent(body, " " * 8)}\n'
+        )
+
+    def _functions(self, body: str) -> str:
+        """The LLVM functions that `body` calls, and those that they call."""
+        definitions = llvm.functions(self.lanes, self.native_bfloat16)
+        needed: dict[str, None] = {}
+        waiting = re.findall(r'T\.call_extern\("\w+", "(\w+)"', body)
+        while waiting:
+            name = waiting.pop()
+            if name not in needed:
+                needed[name] = None
+                waiting += [n for n in re.findall(r"@(\w+)\(", definitions[name]) if n in definitions]
+        return "\n" + "".join(definitions[n] for n in definitions if n in needed)
+
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
+
+
+def parallel(steps: Steps, tensor: Tensor) -> str:
+    """The loop over a tensor's rows: parallel where there can be enough of them to pay for waking the threads."""
+    return "T.parallel" if steps.bound(tensor.shape[0]) * math.prod(tensor.shape[1:]) >= 1 << 15 else "T.serial"  # type: ignore[arg-type]
+
+
+def row_index(tensor: Tensor, row: str) -> tuple[str, str]:
+    """The index of row number `row` of a tensor ["size", D] or ["size", H, D], and the number of its rows."""
+    if len(tensor.shape) == 2:
+        return row, "size"
+    heads = tensor.shape[1]
+    return f"{row} // {heads}, {row} % {heads}", f"size * {heads}"
+
+
+def _address(ref: str) -> str:
+    return f"T.address_of({ref})"
