@@ -6,16 +6,19 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import ingot.ops.triton
 import pytest
 import torch
+
+import ingot.ops.triton
 from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.triton import compile_source
 from ingot.compiler.gate import bind, error
 from ingot.ops import OPS
 from ingot.ops.dims import evaluate
+from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor
+from ingot.ops.rotary import STYLES
 from ingot.ops.target import Target, gpu
 
 ingot.ops.triton.load()
@@ -113,6 +116,7 @@ class Case:
     sizes: dict = field(default_factory=lambda: {"T": 5})
     values: dict = field(default_factory=dict)
     max_num_new: int = 0  # 0: as many as there are tokens
+    max_seqs: int = 0  # 0: as many as there are
     page_size: int = 16
 
     def call(self, op, dtype):
@@ -122,7 +126,7 @@ class Case:
     @property
     def steps(self):
         t = self.sizes.get("T", 1)
-        return Steps(t, self.sizes.get("S", 1), self.max_num_new or t, self.sizes.get("R", 1), False, self.page_size)
+        return Steps(t, self.max_seqs or self.sizes.get("S", 1), self.max_num_new or t, self.sizes.get("R", 1), False, self.page_size)
 
     def inputs(self, call, device):
         generator = torch.Generator().manual_seed(7)
@@ -165,13 +169,124 @@ def linear_cases(op):
     return cases
 
 
+def rope_cases():
+    tables = {"cos": tensor(T, 24, dtype=F32), "sin": tensor(T, 24, dtype=F32)}
+    halves = {"cos": tensor(T, 12, dtype=F32), "sin": tensor(T, 12, dtype=F32)}
+    cases = {s: Case({"x": tensor(T, 3, 40), **(halves if s.endswith("_half") else tables), "style": s}, (tensor(T, 3, 40),)) for s in STYLES}
+    return cases | {"full": Case({"x": tensor(T, 3, 24), **tables, "style": "neox"}, (tensor(T, 3, 24),))}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences with `cached` and `new` tokens (0 and 0: a padding row with one token), then `unused` tokens of no sequence; shuffled pages."""
+
+    cached: tuple
+    new: tuple
+    unused: int = 0
+    page_size: int = 16
+
+    @property
+    def sizes(self):
+        width = -(-max(c + n for c, n in zip(self.cached, self.new, strict=True)) // self.page_size) + 1
+        tokens = sum(max(n, 1) for n in self.new) + self.unused
+        return {"T": tokens, "S": len(self.new), "P_full": width, "N_full": len(self.new) * width + 2}
+
+    @property
+    def values(self):
+        sizes = self.sizes
+        generator = torch.Generator().manual_seed(3)
+        pages = torch.randperm(sizes["N_full"], generator=generator)[: sizes["S"] * sizes["P_full"]].view(sizes["S"], -1)
+        slots = []
+        for i, (cached, new) in enumerate(zip(self.cached, self.new, strict=True)):
+            slots += [int(pages[i, p // self.page_size]) * self.page_size + p % self.page_size for p in range(cached, cached + new)] or [-1]
+        lengths = [c + n for c, n in zip(self.cached, self.new, strict=True)]
+        starts = torch.tensor([0] + [max(n, 1) for n in self.new]).cumsum(0)
+        made = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lengths), "page_table": pages, "slot_mapping": torch.tensor(slots + [-1] * self.unused)}
+        return {n: v.to(I32) for n, v in made.items()}
+
+
+def kv_cases():
+    cases = {}
+    for name, e, f, page_size in (("odd", 40, 24, 16), ("wide", 64, 64, 8)):
+        batch = Batch((3, 0, 20), (2, 0, 3), 2, page_size)
+        args = {"k": tensor(T, 3, e), "v": tensor(T, 3, f), "k_cache": tensor(N, 3, page_size, e), "v_cache": tensor(N, 3, page_size, f),
+                "slot_mapping": tensor(T, dtype=I32)}  # fmt: skip
+        cases[name] = Case(args, (), batch.sizes, batch.values, page_size=page_size)
+    return cases
+
+
+def qkv_cases():
+    def case(style, h, k, e, f, table, norms, offset=0.0):
+        batch = Batch((3, 0, 20), (2, 0, 3), 1)
+        weights = {n: tensor(e) if norms else None for n in ("q_weight", "k_weight")}
+        args = {"qkv": tensor(T, (h + k) * e + k * f), "cos": tensor(T, table, dtype=F32), "sin": tensor(T, table, dtype=F32), **weights,
+                "k_cache": tensor(N, k, 16, e), "v_cache": tensor(N, k, 16, f), "slot_mapping": tensor(T, dtype=I32),
+                "num_heads": h, "num_kv_heads": k, "style": style, "eps": 1e-6, "offset": offset}  # fmt: skip
+        return Case(args, (tensor(T, h, e),), batch.sizes, batch.values)
+
+    return {
+        "qwen3": case("neox", 4, 2, 32, 32, 32, True),
+        "gemma3": case("neox", 3, 1, 40, 40, 40, True, 1.0),
+        "partial": case("neox", 5, 5, 40, 24, 16, False),
+        "gptj": case("gptj_half", 4, 2, 24, 40, 8, False),
+        "dsv3": case("dsv3", 2, 1, 32, 32, 32, True),
+    }
+
+
+def attention_cases():
+    def case(batch, h=4, k=2, e=32, f=32, max_num_new=0, max_seqs=0, sinks=False, alibi=False, **features):
+        args = {"q": tensor(T, h, e), "k_cache": tensor(N, k, batch.page_size, e), "v_cache": tensor(N, k, batch.page_size, f),
+                "cu_seqlens_q": tensor(S1, dtype=I32), "seq_lens": tensor(S, dtype=I32), "page_table": tensor(S, P, dtype=I32),
+                "sinks": tensor(h) if sinks else None, "alibi_slopes": tensor(h, dtype=F32) if alibi else None,
+                "scale": e**-0.5, **{"window": 0, "chunk": 0, "softcap": 0.0}, **features}  # fmt: skip
+        return Case(args, (tensor(T, h, f),), batch.sizes, batch.values, max_num_new, max_seqs, batch.page_size)
+
+    decode = Batch((0, 150, 0, 66), (1, 1, 0, 1), 3)
+    ragged = Batch((0, 70, 0, 33, 0), (19, 1, 0, 40, 3), 5)
+    few = Batch((90, 0, 5), (3, 0, 2), 1)
+    return {
+        "decode": case(decode, max_num_new=1, max_seqs=500),
+        "decode_split": case(decode, max_num_new=1, max_seqs=32),
+        "decode_split_all": case(decode, max_num_new=1, max_seqs=16, h=3, k=1, e=40, f=24, window=50, softcap=5.0, sinks=True, alibi=True),
+        "decode_sinks": case(decode, max_num_new=1, max_seqs=500, h=3, k=3, sinks=True, chunk=64),
+        "verify_split": case(few, h=8, max_num_new=3, max_seqs=32, window=40),
+        "ragged": case(ragged),
+        "ragged_features": case(ragged, h=6, k=2, e=40, f=72, softcap=3.0, sinks=True, alibi=True),
+        "ragged_window": case(Batch((0, 70), (45, 30), page_size=8), window=21, sinks=True),
+        "ragged_chunk": case(ragged, h=5, k=1, chunk=24),
+        "group_of_71": case(Batch((3,), (4,)), h=71, k=1, e=16, f=16),
+    }
+
+
 CASES = {
-    "rms_norm": norm_cases(False) | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
+    "rms_norm": norm_cases(False)
+    | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
     "add_rms_norm": norm_cases(True),
     "linear": linear_cases("linear") | {"split": Case({"x": tensor(T, 1100), "weight": tensor(24, 1100), "bias": tensor(24)}, (tensor(T, 24),), {"T": 3})},
     "linear_add": linear_cases("linear_add"),
     "linear_glu": linear_cases("linear_glu"),
-}
+    "glu": {
+        act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
+    },
+    "embedding": {
+        str(dtype): Case({"ids": tensor(T, dtype=dtype), "weight": tensor(11, 2100)}, (tensor(T, 2100),),
+                         values={"ids": torch.tensor([10, 0, 3, 3, 7], dtype=dtype)})
+        for dtype in (I32, torch.int64)
+    },
+    "gather_rows": {
+        "rows": Case({"x": tensor(T, 3, 21), "rows": tensor(R, dtype=I32)}, (tensor(R, 3, 21),), {"T": 5, "R": 3}, {"rows": torch.tensor([4, 0, 4], dtype=I32)})
+    },
+    "rotary_embedding": {
+        f"{width}{half}": Case({"positions": tensor(T, dtype=I32), "inv_freq": tensor(width, dtype=F32), "scaling": 1.25, "half": half},
+                               (tensor(T, width if half else 2 * width, dtype=F32),) * 2,
+                               values={"positions": torch.tensor([0, 5, 17, 3, 1000], dtype=I32)})
+        for width, half in ((20, True), (32, False))
+    },
+    "rope": rope_cases(),
+    "kv_write": kv_cases(),
+    "qkv_rope_kv_write": qkv_cases(),
+    "paged_attention": attention_cases(),
+}  # fmt: skip
 
 
 def test_every_family_has_cases():
