@@ -1,7 +1,7 @@
 """StepBatch: what one step computes, as arrays in a single flat int32 buffer.
 
-One buffer means one copy to a device and one message to a worker. Every array starts at a multiple of 64 bytes, which
-is what kernels may rely on. Names are those of the graph's step inputs (ARCHITECTURE.md, Contracts).
+One buffer means one copy to a device and one message to a worker. In it every array starts at a multiple of 64
+bytes, which is what kernels may rely on. Names are those of the graph's step inputs (ARCHITECTURE.md, Contracts).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class StepBatch:
     @classmethod
     def from_bytes(cls, layout: StepLayout, data: bytes) -> StepBatch:
         """The batch that `to_bytes` wrote in a process with the same layout."""
-        buffer = np.frombuffer(data, np.int32)
+        buffer = np.frombuffer(bytearray(data), np.int32)  # of our own, to be written to and wrapped in a tensor
         num_tokens, num_seqs, num_rows = buffer[:_HEADER].tolist()
         return cls(layout, num_tokens, num_seqs, num_rows, buffer)
 
