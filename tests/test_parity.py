@@ -1,0 +1,96 @@
+"""The whole path on the CPU: what the compiled model says is what transformers says, however the scheduler cuts the work."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from ingot.compiler.build import CompileOptions, compile_model
+from ingot.models.source import BUNDLED
+from ingot.runtime.llm import LLM
+from ingot.runtime.request import SamplingParams
+from transformers import AutoModelForCausalLM
+
+NUM_PROMPTS, NEW_TOKENS = 50, 16
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in float32, in a store of its own."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INGOT_HOME", str(home))
+        options = CompileOptions(target="cpu", dtype="float32", max_num_seqs=64, max_num_batched_tokens=512)
+        return compile_model("bundled", options).path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Held-out text from random places, 1 … 300 tokens."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode((BUNDLED / "heldout.txt").read_text()).ids
+    rng = random.Random(0)
+    lengths = [1, 2, 15, 16, 17, 300] + [rng.randint(1, 300) for _ in range(NUM_PROMPTS - 6)]
+    starts = [rng.randrange(len(ids) - 300) for _ in lengths]
+    return [ids[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers, greedy, one prompt at a time; the end-of-text token does not end it."""
+    outputs = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids, cache, tokens = torch.tensor([prompt]), None, []
+            for _ in range(NEW_TOKENS):
+                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+                tokens.append(int(ids))
+            outputs.append(tokens)
+    return outputs
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "no-caching"])
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_one_batch_of_fifty(artifact: Path, prompts: list[list[int]], expected: list[list[int]], caching: bool, chunk: int) -> None:
+    llm = LLM(artifact, enable_prefix_caching=caching, max_num_batched_tokens=chunk)
+    for _ in range(2 if caching else 1):  # the second time over, prompts come from the cache
+        outputs = llm.generate(prompts, GREEDY)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+    hits = llm.engine.stats().prefix_hit_tokens
+    assert (hits > 0) == caching
+
+
+def test_alone(artifact: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    llm = LLM(artifact, enable_prefix_caching=False)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert list(llm.generate(prompt, GREEDY)[0].outputs[0].token_ids) == tokens
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "no-caching"])
+def test_forced_preemption(artifact: Path, prompts: list[list[int]], expected: list[list[int]], caching: bool) -> None:
+    llm = LLM(artifact, num_pages=48, enable_prefix_caching=caching, max_model_len=512)
+    outputs = llm.generate(prompts, GREEDY)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+    assert llm.engine.stats().preemptions > 0
+
+
+def test_prompt_logprobs(artifact: Path, model, prompts: list[list[int]]) -> None:
+    llm = LLM(artifact, max_num_batched_tokens=64)
+    outputs = llm.generate(prompts[:12], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+    for prompt, output in zip(prompts[:12], outputs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs[0] is None
+        for i, token in enumerate(prompt[1:], 1):
+            assert abs(output.prompt_logprobs[i].logprob - float(logits[i - 1, token])) < 1e-3
