@@ -37,7 +37,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
         num_pages=options.num_pages,
     )
     executor = Executor(artifact, plans, memory, progress)
-    tokenizer = Tokenizer.load(artifact.root / "tokenizer") if (artifact.root / "tokenizer" / "tokenizer.json").exists() else None
+    tokenizer = Tokenizer(artifact.root / "tokenizer") if (artifact.root / "tokenizer" / "tokenizer.json").exists() else None
     engine = Engine(
         executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching, max_num_batched_tokens=options.max_num_batched_tokens
     )
