@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
 from ingot.ops.target import Target
 
 from .chunks import Progress, check_chunks, map_file
@@ -76,8 +77,11 @@ class Artifact:
             raise ArtifactError(f"{self.root}/plans/{name}.json is not a plan of this Ingot ({error}); compile the model again") from error
 
     def verify(self, threads: int | None = None, progress: Progress | None = None) -> None:
-        """Check everything again, weights included. ArtifactError names the damaged file."""
+        """Check everything again, weights included. ArtifactError names the damaged or surplus file."""
         Artifact.open(self.root)
+        surplus = {p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if not p.is_dir()} - set(self.relative_paths())
+        if surplus:
+            raise ArtifactError(f"{self.root} holds files that are not the artifact's: {', '.join(sorted(surplus))}; delete them")
         if self.manifest.weight_chunks:
             memory = map_file(self.root / WEIGHTS)
             check_chunks(self.root / WEIGHTS, memory, self.manifest.weight_chunks, threads or settings().num_threads, progress)

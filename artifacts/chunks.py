@@ -36,7 +36,7 @@ class ChunkWriter:
         """Append bytes; the caller may change `data` afterwards."""
         while len(data):
             if self._buffer is None:
-                self._buffer = self._free.pop() if self._free else memoryview(bytearray(CHUNK_BYTES))
+                self._buffer = self._free.pop() if self._free else memoryview(mmap.mmap(-1, CHUNK_BYTES))
             fill = self.size % CHUNK_BYTES
             count = min(len(data), CHUNK_BYTES - fill)
             self._buffer[fill : fill + count] = data[:count]

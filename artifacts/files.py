@@ -25,13 +25,9 @@ def check_relative(relative: str, place: Path) -> None:
         raise ArtifactError(f"{place}: {relative!r} is not a path inside an artifact; do not use this file, and ask where it came from")
 
 
-_REMEDIES = {
-    errno.ENOSPC: "free some space (`ingot artifacts gc`), or set INGOT_HOME to a larger disk",
-    errno.EDQUOT: "free some of your quota (`ingot artifacts gc`), or set INGOT_HOME to another disk",
-    errno.EROFS: "set INGOT_HOME to a folder that can be written",
-    errno.EACCES: "set INGOT_HOME to a folder of your own, or ask for permission to write there",
-    errno.EPERM: "set INGOT_HOME to a folder of your own, or ask for permission to write there",
-}
+_SPACE = "free some space (`ingot artifacts gc`), or write to another disk (INGOT_HOME is where the store is)"
+_PERMISSION = "write to a folder of your own (INGOT_HOME is where the store is), or ask for permission"
+_REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EROFS: _PERMISSION, errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION}
 
 
 @contextmanager

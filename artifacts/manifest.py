@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from ingot.ops.target import Target
 
 from .files import AGAIN, ArtifactError, check_relative

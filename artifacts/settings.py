@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import msgspec
+
 from ingot.ops.errors import IngotError
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -56,7 +57,7 @@ def _num_threads() -> int:
 
 
 def _log_level() -> str:
-    level = (_read("INGOT_LOG_LEVEL") or "INFO").upper()
-    if level not in LOG_LEVELS:
-        raise SettingsError(f"INGOT_LOG_LEVEL is {level!r}: set it to one of {', '.join(LOG_LEVELS)}")
-    return level
+    text = _read("INGOT_LOG_LEVEL") or "INFO"
+    if text.upper() not in LOG_LEVELS:
+        raise SettingsError(f"INGOT_LOG_LEVEL is {text!r}: set it to one of {', '.join(LOG_LEVELS)}")
+    return text.upper()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from ingot.ops.dummy import generate
 from ingot.ops.graph import Recipe
 
@@ -181,7 +182,17 @@ def _view(data: torch.Tensor, weight: WeightTensor, root: Path) -> torch.Tensor:
 
 def _generate(weight: WeightTensor, device: torch.device) -> torch.Tensor:
     seed, mean, std = recipe_from_json(weight.recipe).params
-    return generate(seed, mean, std, weight.shape, _dtype(weight), device)
+    return _aligned(generate(seed, mean, std, weight.shape, _dtype(weight), device))
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at a multiple of ALIGNMENT bytes, as one of weights.bin is: torch's own allocator promises a CPU only 64."""
+    if tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    nbytes = tensor.numel() * tensor.itemsize
+    space = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=tensor.device)
+    begin = -space.data_ptr() % ALIGNMENT
+    return space[begin : begin + nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _dtype(weight: WeightTensor) -> torch.dtype:
