@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from ingot.ops.errors import IngotError
 
 from .plan import Kernel
@@ -103,8 +104,8 @@ def load(kernel: Kernel, path: Path) -> CudaFunction:
 def _pack(name: str, index: int, arg: torch.Tensor | int | float, size: int) -> Any:
     if isinstance(arg, torch.Tensor) and size == 8:
         return ctypes.c_void_p(arg.data_ptr())
-    if isinstance(arg, int) and size in (4, 8):
-        return ctypes.c_int32(arg) if size == 4 else ctypes.c_int64(arg)
+    if isinstance(arg, int) and size == 4:
+        return ctypes.c_int32(arg)
     if isinstance(arg, float) and size == 4:
         return ctypes.c_float(arg)
     raise LaunchError(f"{name}: argument {index} is a {type(arg).__name__}, the cubin expects {size} bytes there")

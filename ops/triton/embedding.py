@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dims import product
+from ..dims import Dim, product
 from ..kernel import Call, Candidate, Operand, Steps, claims
 from ..target import Target
 from .source import launch, power_of_two, supported
@@ -21,12 +21,12 @@ def gather_kernel(indices, source, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 
 def _candidates(call: Call, indices: str, source: str) -> list[Candidate]:
-    width = 1
+    width: Dim = 1
     for size in call.args[source].shape[1:]:
         width = product(width, size)
     if not supported(call) or not isinstance(width, int):
         return []
-    count = 1
+    count: Dim = 1
     for size in call.args[indices].shape:
         count = product(count, size)
     operands = {"indices": Operand(arg=indices), "source": Operand(arg=source), "out": Operand(out=0)}

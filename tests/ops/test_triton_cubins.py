@@ -1,0 +1,75 @@
+"""Every Triton family compiles to cubins at the shapes of real models, on a machine without a GPU."""
+
+import pytest
+import torch
+
+import ingot.ops.triton
+from ingot.compiler.codegen.triton import compile_sources
+from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor
+from ingot.ops.target import GPU_ARCHES, Target
+
+ingot.ops.triton.load()
+
+BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+DECODE, PREFILL = Steps(8, 8, 1, 8, True), Steps(1024, 64, 1024, 64, False)
+T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
+
+
+def calls(h, k, e, f, hidden, dtype):
+    """A call of every op in a model with h query heads, k kv heads, head dims e and f."""
+    x, weight = Tensor(dtype, (T, hidden)), Tensor(dtype, (hidden,))
+    table, slots = Tensor(F32, (T, e)), Tensor(I32, (T,))
+    cache = {"k_cache": Tensor(dtype, (N, k, 16, e)), "v_cache": Tensor(dtype, (N, k, 16, f))}
+    batch = {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P))}
+    q, head = Tensor(dtype, (T, h, e)), Tensor(dtype, (e,))
+    square = Tensor(dtype, (hidden, hidden))
+    return [
+        Call("rms_norm", {"x": x, "weight": weight, "eps": 1e-6, "offset": 0.0}, (x,)),
+        Call("add_rms_norm", {"x": x, "residual": x, "weight": weight, "eps": 1e-6, "offset": 1.0}, (x, x)),
+        Call("linear", {"x": x, "weight": square, "bias": None}, (x,)),
+        Call("linear_add", {"x": x, "weight": square, "bias": weight, "residual": x}, (x,)),
+        Call("linear_glu", {"x": x, "weight": Tensor(dtype, (6 * hidden, hidden)), "act": "gelu"}, (Tensor(dtype, (T, 3 * hidden)),)),
+        Call("glu", {"gate_up": Tensor(dtype, (T, 6 * hidden)), "act": "gelu_tanh"}, (Tensor(dtype, (T, 3 * hidden)),)),
+        Call("embedding", {"ids": slots, "weight": Tensor(dtype, (1000, hidden))}, (x,)),
+        Call("gather_rows", {"x": x, "rows": Tensor(I32, (R,))}, (Tensor(dtype, (R, hidden)),)),
+        Call("rotary_embedding", {"positions": slots, "inv_freq": Tensor(F32, (e // 2,)), "scaling": 1.0, "half": False}, (table, table)),
+        Call("rope", {"x": q, "cos": table, "sin": table, "style": "neox"}, (q,)),
+        Call("kv_write", {"k": Tensor(dtype, (T, k, e)), "v": Tensor(dtype, (T, k, f)), **cache, "slot_mapping": slots}, ()),
+        Call("qkv_rope_kv_write", {"qkv": Tensor(dtype, (T, (h + k) * e + k * f)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, **cache,
+                                   "slot_mapping": slots, "num_heads": h, "num_kv_heads": k, "style": "neox", "eps": 1e-6, "offset": 0.0}, (q,)),
+        Call("paged_attention", {"q": q, **cache, **batch, "sinks": Tensor(dtype, (h,)), "alibi_slopes": None, "scale": e**-0.5, "window": 0, "chunk": 0,
+                                 "softcap": 0.0}, (Tensor(dtype, (T, h, f)),)),
+    ]  # fmt: skip
+
+
+LLAMA = calls(32, 8, 128, 128, 2048, BF16)
+
+
+def sources(call, steps, target, most):
+    """The sources of the `most` first candidates of a call, all claims' together."""
+    candidates = [c for claim in CLAIMS[call.op, "triton"] for c in claim(call, steps, target)]
+    assert candidates, f"{call.op} is not claimed on {target.isa}"
+    return [launch.source for c in candidates[:most] for launch in c.launches]
+
+
+def test_every_op_is_compiled():
+    assert {c.op for c in LLAMA} == {op for op, backend in CLAIMS if backend == "triton"}
+
+
+@pytest.mark.parametrize(("isa", "steps", "most"), [("sm_90", DECODE, 2), ("sm_90", PREFILL, 1)] + [(isa, PREFILL, 1) for isa in GPU_ARCHES if isa != "sm_90"])
+def test_a_model_compiles(isa, steps, most):
+    """On other architectures than sm_90 a sample: what is largest and what uses the matrix units."""
+    target = Target("cuda", isa, "")
+    sampled = LLAMA if isa == "sm_90" else [c for c in LLAMA if c.op in ("rms_norm", "linear_glu", "paged_attention")]
+    wanted = [s for call in sampled for s in sources(call, steps, target, most)]
+    for compiled in compile_sources(wanted, target, 2):
+        assert compiled.binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("isa", ["sm_86", pytest.param("sm_90", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("h", "k", "e", "f", "dtype"), [(16, 16, 192, 128, BF16), (4, 2, 512, 512, F16), (8, 2, 64, 64, F32)])
+def test_attention_fits_in_shared_memory(h, k, e, f, dtype, isa):
+    """What is offered compiles also where heads are wide and memory is small."""
+    target = Target("cuda", isa, "")
+    [call] = [c for c in calls(h, k, e, f, 64, dtype) if c.op == "paged_attention"]
+    compile_sources(sources(call, DECODE, target, 1) + sources(call, PREFILL, target, 1), target, 2)
