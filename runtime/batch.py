@@ -146,24 +146,29 @@ class StepBatch:
 
 
 def pack(scheduled: list[Scheduled], cache: KVCache, layout: StepLayout) -> StepBatch:
-    """The step that computes `scheduled`. Rows of logits: for each sequence its `prompt_rows`, then the one that samples."""
+    """The step that computes `scheduled`. Rows of logits: one for each sequence that samples, then everybody's `prompt_rows`."""
     num_new = np.array([n for _, n in scheduled], np.int32)
     computed = np.array([s.num_computed for s, _ in scheduled], np.int32)
+    lengths = np.array([len(s.token_ids) for s, _ in scheduled], np.int32)
     rows = np.array([s.row for s, _ in scheduled], np.int32)
     ends = np.cumsum(num_new, dtype=np.int32)
-    logits_rows, records = _logits_rows(scheduled, ends.tolist())
+    samples = computed + num_new == lengths
+    records = np.frombuffer(b"".join([s.sampling for s, _ in scheduled]), SAMPLING)[samples]  # a copy
+    records["step"] = (lengths - np.array([s.num_prompt for s, _ in scheduled], np.int32))[samples]
+    prompt_tokens, prompt_records = _prompt_rows(scheduled, (ends - num_new - computed).tolist())
+    records = np.concatenate([records, prompt_records])
     T, S = int(ends[-1]), len(scheduled)
     batch = StepBatch(layout, T, S, len(records))
     arrays = batch.arrays
-    arrays["input_ids"][:] = list(chain.from_iterable(s.token_ids[s.num_computed : s.num_computed + n] for s, n in scheduled))
+    arrays["input_ids"][:] = list(chain.from_iterable([s.token_ids[s.num_computed : s.num_computed + n] for s, n in scheduled]))
     arrays["cu_seqlens_q"][1:] = ends
     arrays["seq_lens"][:] = computed + num_new
-    arrays["logits_rows"][:] = logits_rows
+    arrays["logits_rows"][:] = np.concatenate([ends[samples] - 1, prompt_tokens])
     if layout.slots:
         arrays["state_slots"][:] = rows
     for name in SAMPLING.names or ():
         arrays[name][:] = records[name]
-    owner = np.repeat(np.arange(S), num_new) if T > S else np.arange(S)
+    owner = np.repeat(np.arange(S), num_new)
     positions = arrays["positions"]
     positions[:] = np.arange(T, dtype=np.int32) + (computed + num_new - ends)[owner]
     longest = int(arrays["seq_lens"].max())
@@ -175,26 +180,19 @@ def pack(scheduled: list[Scheduled], cache: KVCache, layout: StepLayout) -> Step
     return batch
 
 
-def _logits_rows(scheduled: list[Scheduled], ends: list[int]) -> tuple[list[int], np.ndarray]:
-    """Which of the step's tokens need logits, and the `SAMPLING` record of each."""
-    tokens, records, steps = [], [], []
-    for (seq, num_new), end in zip(scheduled, ends, strict=True):
-        prompt_rows = seq.prompt_rows(num_new)
-        if prompt_rows:
-            record = _GREEDY.copy()
+def _prompt_rows(scheduled: list[Scheduled], shifts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """For everybody's `prompt_rows`: the step's token (position + shift) and the `SAMPLING` record."""
+    tokens: list[int] = []
+    records = [np.empty(0, SAMPLING)]
+    for (seq, num_new), shift in zip(scheduled, shifts, strict=True):
+        if seq.wants_prompt_logprobs:
+            positions = seq.prompt_rows(num_new)
+            record = np.repeat(_GREEDY, len(positions))
             record["num_logprobs"] = seq.request.params.prompt_logprobs
-            for position in prompt_rows:
-                record["target"] = seq.token_ids[position + 1]
-                tokens.append(end - num_new + position - seq.num_computed)
-                records.append(record.tobytes())
-                steps.append(0)
-        if seq.samples(num_new):
-            tokens.append(end - 1)
-            records.append(seq.sampling)
-            steps.append(seq.num_output)
-    table = np.frombuffer(b"".join(records), SAMPLING).copy()
-    table["step"] = steps
-    return tokens, table
+            record["target"] = seq.token_ids[positions.start + 1 : positions.stop + 1]
+            records.append(record)
+            tokens += [p + shift for p in positions]
+    return np.array(tokens, np.int32), np.concatenate(records)
 
 
 class Sampled(NamedTuple):

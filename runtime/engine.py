@@ -129,7 +129,6 @@ class Engine:
                 token_ids=list(prompt),
                 sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
                 detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop),
-                prompt_logprobs=[] if params.prompt_logprobs is None else [None],
             )
             for i in range(params.n)
         ]
@@ -189,7 +188,8 @@ class Engine:
             return None
 
     def _collect(self, launched: _Launched) -> list[Delta]:
-        rows = [(seq, seq.prompt_rows(n), seq.samples(n)) for seq, n in launched.scheduled]
+        sampling = [seq for seq, n in launched.scheduled if seq.samples(n)]
+        scoring = [(seq, len(seq.prompt_rows(n))) for seq, n in launched.scheduled if seq.wants_prompt_logprobs]
         self.scheduler.update(launched.scheduled)
         tokens, logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in launched.sampled)
 
@@ -197,16 +197,16 @@ class Engine:
             top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)) if wanted else ()
             return TokenLogprob(tokens[row], logprobs[row], top)
 
-        deltas, row = [], 0
-        for seq, prompt_rows, samples in rows:
-            params = seq.request.params
-            for _ in prompt_rows:
-                seq.prompt_logprobs.append(logprob(row, params.prompt_logprobs or 0))
+        row = len(sampling)
+        for seq, num_rows in scoring:
+            for _ in range(num_rows):
+                seq.add_prompt_logprob(logprob(row, seq.request.params.prompt_logprobs or 0))
                 row += 1
-            if samples:
-                if seq.status is not Status.FINISHED:
-                    deltas.append(self._append(seq, tokens[row], None if params.logprobs is None else [logprob(row, params.logprobs)]))
-                row += 1
+        deltas = []
+        for row, seq in enumerate(sampling):
+            wanted = seq.request.params.logprobs
+            if seq.status is not Status.FINISHED:
+                deltas.append(self._append(seq, tokens[row], None if wanted is None else [logprob(row, wanted)]))
         return deltas
 
     def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:

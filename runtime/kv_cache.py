@@ -90,12 +90,14 @@ class KVCache:
         self.page_tables = {name: np.zeros((max_num_seqs, -(-max_model_len // g.page_size)), np.int32) for name, g in self.groups.items()}
         self.num_rows = min([max_num_seqs, *(g.num_units for g in self.slot_groups.values())])
         self.num_pages = {name: [0] * self.num_rows for name in self.groups}  # of each row
+        self._room = [0] * self.num_rows  # tokens for which every group has pages, of each row
         self.sequences: dict[int, Sequence] = {}  # by row
         self.prefix_queries = self.prefix_hits = 0  # tokens asked for, tokens found
         self.prefix_caching_off = self._why_off(enable_prefix_caching)
         self._free_rows = list(range(self.num_rows - 1, -1, -1))
-        self._page_sizes = {g.page_size for g in self.groups.values()}
-        self._stride = math.lcm(*self._page_sizes)  # a prefix ends where a page of every group ends
+        sizes = [g.page_size for g in self.groups.values()]
+        self._stride = math.lcm(*sizes)  # a prefix ends where a page of every group ends
+        self._boundary = math.gcd(*sizes)  # pages end only at multiples of it
 
     def _why_off(self, enable_prefix_caching: bool) -> str:
         """Why prefixes are not reused; "" when they are."""
@@ -146,7 +148,7 @@ class KVCache:
                 self.pools[name].share(page)
             self.page_tables[name][row, : len(pages)] = pages
             self.num_pages[name][row] = len(pages)
-        seq.num_computed = found
+        self._room[row] = seq.num_computed = found
         if seq.num_cached < 0:
             seq.num_cached = found
             self.prefix_queries += len(seq.token_ids)
@@ -156,6 +158,8 @@ class KVCache:
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make every group hold `num_tokens` tokens of `seq`; False, and nothing changes, when a pool is too empty."""
         row = seq.row
+        if num_tokens <= self._room[row]:
+            return True
         missing = []
         for name, group in self.groups.items():
             held = self.num_pages[name][row]
@@ -168,12 +172,13 @@ class KVCache:
             pool = self.pools[name]
             self.page_tables[name][row, held:wanted] = [pool.take() for _ in range(wanted - held)]
             self.num_pages[name][row] = wanted
+        self._room[row] = min((self.num_pages[name][row] * g.page_size for name, g in self.groups.items()), default=num_tokens)
         return True
 
     def commit(self, seq: Sequence, num_new: int) -> None:
         """`num_new` more tokens of `seq` have their KV in the pages: the pages that became full can be found from now on."""
         before, seq.num_computed = seq.num_computed, seq.num_computed + num_new
-        if self.prefix_caching_off:
+        if self.prefix_caching_off or before // self._boundary == seq.num_computed // self._boundary:
             return
         for name, group in self.groups.items():
             first, last = before // group.page_size, seq.num_computed // group.page_size
@@ -216,7 +221,7 @@ class KVCache:
                 assert seq.row == row
                 pages = self.page_tables[name][row, : self.num_pages[name][row]].tolist()
                 assert len(set(pages)) == len(pages), f"{name}: a page twice in row {row}"
-                assert len(pages) * size >= seq.num_computed, f"{name}: row {row} has {len(pages)} pages for {seq.num_computed} tokens"
+                assert len(pages) * size >= self._room[row] >= seq.num_computed, f"{name}: row {row} has {len(pages)} pages for {seq.num_computed} tokens"
                 refs.update(pages)
                 for i, page in enumerate(pages):
                     named = pool.hash_of.get(page)

@@ -152,24 +152,23 @@ class Sequence:
     num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet
     row: int = -1  # of the page tables, while it is running
     page_hashes: dict[int, list[bytes]] = field(default_factory=dict)  # by page size
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    num_prompt: int = field(init=False)
+    prompt_logprobs: list[TokenLogprob | None] = field(init=False)  # so far; continuation 0 computes them for all
+    wants_prompt_logprobs: bool = field(init=False)  # some are still to be computed
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt_token_ids)
+        scores = self.index == 0 and self.request.params.prompt_logprobs is not None
+        self.prompt_logprobs = [None] if scores else []
+        self.wants_prompt_logprobs = scores and self.num_prompt > 1
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether some are still to be computed: continuation 0 does it for all."""
-        return self.index == 0 and self.request.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
     def prompt_rows(self, num_new: int) -> range:
         """Positions among the next `num_new` whose logits give the next prompt token a log-probability that is still wanted."""
@@ -177,6 +176,10 @@ class Sequence:
             return range(0)
         # prompt_logprobs[i] comes from the logits of position i − 1; entry 0 is None.
         return range(max(self.num_computed, len(self.prompt_logprobs) - 1), min(self.num_computed + num_new, self.num_prompt - 1))
+
+    def add_prompt_logprob(self, entry: TokenLogprob) -> None:
+        self.prompt_logprobs.append(entry)
+        self.wants_prompt_logprobs = len(self.prompt_logprobs) < self.num_prompt
 
     def samples(self, num_new: int) -> bool:
         """Whether the next `num_new` tokens reach the end, so that the step yields a token."""

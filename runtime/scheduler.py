@@ -33,21 +33,25 @@ class _Step:
 
     def chunk(self, seq: Sequence) -> int:
         """The largest number of new tokens that `seq` can have now."""
+        left = len(seq.token_ids) - seq.num_computed
+        num_new = left if left < self.tokens else self.tokens
         if seq.wants_prompt_logprobs:  # at most one row a token
-            return min(seq.num_uncomputed, self.tokens, self.rows)
-        num_new = min(seq.num_uncomputed, self.tokens)
-        return num_new if self.rows > 0 or not seq.samples(num_new) else num_new - 1
+            return min(num_new, self.rows)
+        return num_new if self.rows > 0 or num_new < left else num_new - 1
 
     def add(self, seq: Sequence, num_new: int) -> None:
         self.items[seq] = num_new
         self.tokens -= num_new
-        self.rows -= len(seq.prompt_rows(num_new)) + seq.samples(num_new)
+        self.rows -= self._num_rows(seq, num_new)
 
     def discard(self, seq: Sequence) -> None:
         num_new = self.items.pop(seq, 0)
         if num_new:
             self.tokens += num_new
-            self.rows += len(seq.prompt_rows(num_new)) + seq.samples(num_new)
+            self.rows += self._num_rows(seq, num_new)
+
+    def _num_rows(self, seq: Sequence, num_new: int) -> int:
+        return seq.samples(num_new) + (len(seq.prompt_rows(num_new)) if seq.wants_prompt_logprobs else 0)
 
 
 class Scheduler:
@@ -85,7 +89,9 @@ class Scheduler:
         """What the next step computes; empty when nothing waits or runs. Order: decoding, prefilling, newly admitted."""
         step = _Step(self.max_num_batched_tokens, self.max_num_rows)
         preemptions = self.num_preemptions
-        for seq in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
+        prefilling = [s for s in self.running if s.num_uncomputed > 1]
+        decoding = [s for s in self.running if s.num_uncomputed == 1] if prefilling else list(self.running)
+        for seq in decoding + prefilling:
             num_new = step.chunk(seq) if seq.status is Status.RUNNING else 0
             if num_new > 0 and self._make_room(seq, num_new, step):
                 step.add(seq, num_new)
