@@ -1,0 +1,169 @@
+"""The KV cache's bookkeeping, against a model of what its pages hold."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ingot.runtime.kv_cache import GroupInfo, KVCache
+from ingot.runtime.request import Request, SamplingParams, Sequence
+
+PAGES = {"full": GroupInfo("page", 4, 12), "window8": GroupInfo("page", 2, 30, window=8)}
+MAX_LEN, MAX_SEQS = 40, 5
+
+
+def sequence(tokens: list[int], keys: tuple[str, ...] = (), **params: object) -> Sequence:
+    return Sequence(Request("r", list(tokens), SamplingParams(**params), cache_keys=keys), 0, (0,), 16, list(tokens))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Admit, grow, compute, extend and release sequences of few distinct tokens, so that prefixes meet.
+
+    `written[group][page]` is what the model would have written to a page: (keys, all tokens up to each position).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KVCache(PAGES, MAX_SEQS, MAX_LEN)
+        self.running: list[Sequence] = []
+        self.written: dict[str, dict[int, list[object]]] = {name: {} for name in PAGES}
+
+    @rule(stem=st.integers(0, 2), length=st.integers(1, 30), tail=st.lists(st.integers(0, 1), max_size=4), keys=st.sampled_from([(), ("salt",)]),
+          spare=st.integers(0, 3), scores=st.booleans())  # fmt: skip
+    def admit(self, stem: int, length: int, tail: list[int], keys: tuple[str, ...], spare: int, scores: bool) -> None:
+        seq = sequence([(stem * i) % 3 for i in range(length)] + tail, keys, prompt_logprobs=0 if scores else None)
+        before = {n: p.num_available for n, p in self.cache.pools.items()}
+        if not self.cache.admit(seq, spare):
+            assert seq.row == -1
+            assert before == {n: p.num_available for n, p in self.cache.pools.items()}
+            return
+        self.running.append(seq)
+        assert 0 <= seq.num_computed < len(seq.token_ids)
+        assert seq.num_computed == 0 or not scores or len(seq.token_ids) == 1
+        assert self.cache.grow(seq, len(seq.token_ids))  # what admission promised
+        for name, pool in self.cache.pools.items():
+            assert pool.num_available >= spare, name
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, MAX_SEQS), count=st.integers(1, 9))
+    def compute(self, which: int, count: int) -> None:
+        seq = self.running[which % len(self.running)]
+        count = min(count, len(seq.token_ids) - seq.num_computed)
+        if not self.cache.grow(seq, seq.num_computed + count):
+            return
+        for name, group in PAGES.items():
+            for t in range(seq.num_computed, seq.num_computed + count):
+                page = int(self.cache.page_tables[name][seq.row, t // group.page_size])
+                entries = self.written[name].setdefault(page, [None] * group.page_size)
+                entries[t % group.page_size] = (seq.request.cache_keys, tuple(seq.token_ids[: t + 1]))
+        self.cache.commit(seq, count)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, MAX_SEQS), token=st.integers(0, 1))
+    def extend(self, which: int, token: int) -> None:
+        seq = self.running[which % len(self.running)]
+        if len(seq.token_ids) < MAX_LEN:
+            seq.token_ids.append(token)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, MAX_SEQS))
+    def release(self, which: int) -> None:
+        self.cache.release(self.running.pop(which % len(self.running)))
+
+    @invariant()
+    def holds(self) -> None:
+        self.cache.check_integrity()
+
+    @invariant()
+    def every_computed_token_is_in_its_page(self) -> None:
+        for seq in self.running:
+            for name, group in PAGES.items():
+                for t in range(seq.num_computed):
+                    page = int(self.cache.page_tables[name][seq.row, t // group.page_size])
+                    expected = (seq.request.cache_keys, tuple(seq.token_ids[: t + 1]))
+                    assert self.written[name][page][t % group.page_size] == expected
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def fill(cache: KVCache, tokens: list[int], **request: object) -> Sequence:
+    seq = sequence(tokens, **request)
+    assert cache.admit(seq)
+    assert cache.grow(seq, len(tokens))
+    cache.commit(seq, len(tokens) - seq.num_computed)
+    return seq
+
+
+def test_the_last_token_is_never_taken_from_the_cache():
+    cache = KVCache({"full": GroupInfo("page", 4, 16)}, 4, 64)
+    tokens = list(range(16))
+    fill(cache, tokens)
+    for length, found in [(17, 16), (16, 12), (13, 12), (12, 8), (4, 0), (5, 4), (1, 0)]:
+        assert cache.match(sequence([*tokens, 3][:length])) == found
+    assert cache.match(sequence([9, *tokens])) == 0
+    assert cache.match(sequence(tokens, ("adapter",))) == 0
+    assert cache.match(sequence(tokens, prompt_logprobs=0)) == 0
+
+
+def test_a_prefix_ends_where_pages_of_all_groups_end():
+    cache = KVCache({"a": GroupInfo("page", 4, 16), "b": GroupInfo("page", 6, 16)}, 4, 64)
+    fill(cache, list(range(23)))
+    assert cache.match(sequence(list(range(30)))) == 12  # a holds 20 tokens, b 18
+
+
+def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginning():
+    cache = KVCache({"full": GroupInfo("page", 4, 6)}, 4, 64)
+    old, new = [1] * 8, [2] * 8
+    for tokens in (old, new):
+        cache.release(fill(cache, tokens))
+    assert cache.pools["full"].num_used == 0
+    fill(cache, [3] * 12)  # two free pages, and the end of the oldest prefix
+    assert cache.match(sequence([*old, 0])) == 4
+    assert cache.match(sequence([*new, 0])) == 8
+    cache.check_integrity()
+
+
+def test_sequences_share_pages_of_equal_prefixes_only():
+    cache = KVCache({"full": GroupInfo("page", 4, 16)}, 4, 64)
+    first, second = fill(cache, [*range(8), 1, 1, 1, 1, 1]), fill(cache, [*range(8), 2, 2, 2, 2, 2])
+    table = cache.page_tables["full"]
+    assert second.num_cached == 8
+    assert table[first.row, :2].tolist() == table[second.row, :2].tolist()
+    assert not set(table[first.row, 2:4].tolist()) & set(table[second.row, 2:4].tolist())
+    cache.release(first)
+    assert cache.pools["full"].num_used == 4
+    cache.check_integrity()
+
+
+def test_slots_are_one_for_each_sequence_and_put_prefix_caching_off():
+    cache = KVCache({"full": GroupInfo("page", 4, 64), "slot": GroupInfo("slot", 0, 3)}, 8, 64)
+    rows = {fill(cache, [1, 2, 3, 4, 5, 6]).row for _ in range(3)}
+    assert rows == {0, 1, 2}
+    assert not cache.admit(sequence([1]))
+    assert "slot" in cache.prefix_caching_off
+    assert cache.prefix_hits == 0
+
+
+def test_prefix_caching_can_be_disabled():
+    cache = KVCache(PAGES, MAX_SEQS, MAX_LEN, enable_prefix_caching=False)
+    tokens = np.random.default_rng(0).integers(0, 9, 13).tolist()
+    fill(cache, tokens)
+    assert fill(cache, tokens).num_cached == 0
+    assert cache.prefix_caching_off == "disabled by the caller"
+
+
+def test_integrity_sees_a_lost_and_a_wrongly_shared_page():
+    cache = KVCache(PAGES, MAX_SEQS, MAX_LEN)
+    a, b = fill(cache, [1, 2, 3, 4, 5]), fill(cache, [5, 4, 3, 2, 1])
+    table = cache.page_tables["full"]
+    kept = table.copy()
+    table[a.row, 1] = table[b.row, 1]
+    with pytest.raises(AssertionError, match=r"full: page \d+ is shared without a name"):
+        cache.check_integrity()
+    table[:] = kept
+    cache.pools["full"].free.pop()
+    with pytest.raises(AssertionError, match="full: a page is lost"):
+        cache.check_integrity()
