@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from ingot.ops import Graph
 from ingot.ops.graph import op_of
-from torch import fx
 
 _aten = torch.ops.aten
 _ingot = torch.ops.ingot
@@ -23,8 +24,8 @@ _NO_EFFECT = frozenset(
 _IDENTITIES = frozenset(
     {_aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.clone.default, _aten.lift_fresh_copy.default, _aten.dropout.default}
 )
-_CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default, _aten.type_as.default})
-_IDENTITIES_IF_ALIKE = _CASTS | {_aten.expand.default, _aten.slice.Tensor}
+CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default, _aten.type_as.default})
+_IDENTITIES_IF_ALIKE = CASTS | {_aten.expand.default, _aten.slice.Tensor}
 _RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default})
 _UNFILLED = frozenset({_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default})
 
@@ -36,11 +37,14 @@ def canonicalize(graph: Graph) -> Graph:
             continue
         if node.target in _NO_EFFECT:
             graph.fx.erase_node(node)
-        elif node.target in _IDENTITIES or (node.target in _IDENTITIES_IF_ALIKE and _alike(node, node.args[0])):
+            continue
+        if node.target in _IDENTITIES or (node.target in _IDENTITIES_IF_ALIKE and _alike(node, node.args[0])):
             _replace(graph, node, node.args[0])
         elif node.target in _RESHAPES:
             # a view of what was made contiguous above need not be one now; and one unknown size needs no name
             node.target, node.args = _aten.reshape.default, (node.args[0], sizes(node.meta["val"].shape, node.args[1]))
+        elif node.target in CASTS and node.target is not _aten.to.dtype:
+            node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
         elif node.target is _aten.copy.default and _alike(node, node.args[1]):
             _replace(graph, node, node.args[1])
         elif node.target is _aten.slice_scatter.default:
@@ -49,6 +53,7 @@ def canonicalize(graph: Graph) -> Graph:
             node.target, node.args = _ingot.linear.default, (*node.args, None)[:3]
         elif node.target is _aten.embedding.default:
             node.target, node.args, node.kwargs = _ingot.embedding.default, (node.args[1], node.args[0]), {}
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "pin_memory"}
     graph.fx.eliminate_dead_code()
     return graph
 
@@ -135,7 +140,7 @@ def _row_source(node: fx.Node, tokens: str) -> fx.Node | None:
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     keeps_rows = node.target is _aten.reshape.default and node.args[1][0] == -1
     slices_columns = node.target is _aten.slice.Tensor and node.args[1] not in (0, -source.meta["val"].dim())
-    return source if pointwise or keeps_rows or slices_columns or node.target in _CASTS else None
+    return source if pointwise or keeps_rows or slices_columns or node.target in CASTS else None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

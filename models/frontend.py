@@ -10,7 +10,6 @@ import copy
 
 import torch
 import transformers
-from ingot.ops import Graph, Recipe, Weight
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +17,8 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ingot.ops import Graph, Recipe, Weight
 
 from .canonical import canonicalize, gather_logits_rows
 from .swaps import Patch, Swap, patched

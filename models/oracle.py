@@ -8,15 +8,18 @@ ops. Its logits must equal those of transformers' own model on each sequence alo
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
 import transformers
+
 from ingot.ops import Graph
 
 from . import tiny
@@ -177,27 +180,35 @@ def save(verdicts: Iterable[Verdict]) -> None:
 def run(names: Iterable[str] | None = None) -> list[Verdict]:
     """Try architectures (default: all), each in a process of its own: a model may loop, crash or exhaust memory. UnknownModel for a wrong name."""
     model_types = tiny.names() if names is None else [tiny.model_type_of(n) for n in names]
-    return [_run_one(model_type) for model_type in model_types]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, before it forks
+    with tempfile.TemporaryDirectory(prefix="ingot-oracle-") as folder:
+        return [_run_one(context, model_type, Path(folder)) for model_type in model_types]
 
 
-def _run_one(model_type: str) -> Verdict:
-    name = tiny.architecture_of(model_type)
-    command = [sys.executable, "-W", "ignore", "-m", "ingot.models.oracle", model_type]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return Verdict(name, model_type, False, f"no verdict after {TIMEOUT} seconds")
-    if child.returncode == 0:
-        return Verdict(**json.loads(child.stdout.splitlines()[-1]))
-    return Verdict(name, model_type, False, _last_error(child.stderr) or f"the process ended with status {child.returncode}")
+def _run_one(context: ForkServerContext, model_type: str, folder: Path) -> Verdict:
+    process = context.Process(target=_child, args=(model_type, str(folder)))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return Verdict(tiny.architecture_of(model_type), model_type, False, f"no verdict after {TIMEOUT} seconds")
+    if process.exitcode == 0:
+        return Verdict(**json.loads((folder / "verdict.json").read_text()))
+    reason = _last_error((folder / "stderr.txt").read_text()) or f"the process ended with status {process.exitcode}"
+    return Verdict(tiny.architecture_of(model_type), model_type, False, reason)
+
+
+def _child(model_type: str, folder: str) -> None:
+    """The verdict goes to a file; so does the traceback of whatever the modeling code raises."""
+    os.dup2(os.open(Path(folder, "stderr.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    Path(folder, "verdict.json").write_text(json.dumps(asdict(admit(model_type))))
 
 
 def _last_error(stderr: str) -> str:
     """The line that names the exception in a traceback."""
-    lines = [line for line in stderr.splitlines() if line and not line.startswith(" ") and ":" in line]
+    lines = [line for line in stderr.partition("Traceback")[2].splitlines() if line and not line.startswith(" ") and ":" in line]
     return lines[-1][:300] if lines else ""
-
-
-if __name__ == "__main__":
-    print(json.dumps(asdict(admit(sys.argv[1]))))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from ingot.ops.errors import IngotError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ingot.ops.errors import IngotError
 
 # Odd ratios on purpose: query heads are not kv heads, the intermediate size is no power of two, a window is shorter than the test's sequences.
 _NAMES_OF_SIZE: dict[int, str] = {

@@ -9,26 +9,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ingot.ops import Graph
-from ingot.ops.graph import op_of
 from torch import fx
 
-from .canonical import sizes
+from ingot.ops import Graph
+from ingot.ops.graph import op_of
+
+from .canonical import CASTS, sizes
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int})
 _ALONG_DIM = frozenset(
-    {_aten.softmax.int, _aten.log_softmax.int, _aten._softmax.default, _aten.cat.default, _aten.sum.dim_IntList, _aten.mean.dim, _aten.topk.default, _aten.slice.Tensor,
-     _aten.select.int, _aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int, _aten.cumsum.default,
-     _aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.gather.default, _aten.argmax.default, _aten.max.dim, _aten.amax.default,
-     _aten.sort.default, _aten.scatter.src, _aten.scatter.value, _aten.stack.default, _aten.roll.default}
-)  # fmt: skip
+    {
+        *(_aten.softmax.int, _aten.log_softmax.int, _aten._softmax.default, _aten.cumsum.default, _aten.roll.default),
+        *(_aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default, _aten.max.dim, _aten.argmax.default, _aten.topk.default, _aten.sort.default),
+        *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int),
+        *(_aten.cat.default, _aten.stack.default, _aten.gather.default, _aten.scatter.src, _aten.scatter.value),
+        *(_aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim),
+    }
+)
 _DIMS = ("dim", "dims", "dim0", "dim1")
 _ROW_OPERANDS = frozenset({"x", "residual", "gate", "gate_up", "ids"})  # of the dialect's ops over [..., D]
 
 
 def unbatch(graph: Graph) -> Graph:
     """`graph` (changed in place) without values of the form [1, …] wherever an op commutes with dropping that dim."""
+    _drop_leading_ones(graph)
+    if any(n.op == "call_function" and _leading_one(n.meta["val"]) and _rank(n.meta["val"]) > 2 for n in graph.fx.nodes):
+        _drop_leading_ones(graph)  # a single head or group behind the batch dim
+    return graph
+
+
+def _drop_leading_ones(graph: Graph) -> None:
     flat: dict[fx.Node, fx.Node] = {}
     for node in list(graph.fx.nodes):
         if node.op != "call_function":
@@ -43,7 +54,6 @@ def unbatch(graph: Graph) -> Graph:
         elif isinstance(node.meta["val"], torch.Tensor):
             _restore(graph, node, twin)
     graph.fx.eliminate_dead_code()
-    return graph
 
 
 def _restore(graph: Graph, node: fx.Node, twin: fx.Node) -> None:
@@ -90,7 +100,7 @@ def _call_flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.
     rank = _rank(node.meta["val"])
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    pointwise, along = torch.Tag.pointwise in target.tags, target in _ALONG_DIM
+    pointwise, along = torch.Tag.pointwise in target.tags or target in CASTS, target in _ALONG_DIM
     expand, permute = target is _aten.expand.default, target is _aten.permute.default
     batched_matmul = target in (_aten.matmul.default,)
     if not (pointwise or along or expand or permute or batched_matmul or spec is not None):

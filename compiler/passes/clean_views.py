@@ -15,20 +15,20 @@ from ingot.ops import Graph
 from ingot.ops.target import Target
 
 from .match import calls, drop_unused, replace, same_shape
+from .sink_permutes import PERMUTES, order_of, sink_permutes
 
 _aten = torch.ops.aten
 _RESHAPES = (_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int,
              _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default)  # fmt: skip
-_PERMUTES = (_aten.permute.default, _aten.transpose.int, _aten.t.default)
 _DROP_IF_ALIKE = (_aten.slice.Tensor, _aten.expand.default, _aten.reshape.default, _aten.alias.default)
 
 
 def clean_views(graph: Graph, target: Target) -> Graph:
-    graph = graph.copy()
+    graph = sink_permutes(graph.copy())
     for node in list(graph.fx.nodes):
         if calls(node, *_RESHAPES):
             _reshape(graph, node)
-        elif calls(node, *_PERMUTES):
+        elif calls(node, *PERMUTES):
             _permute(graph, node)
         elif calls(node, *_DROP_IF_ALIKE) and same_shape(node, node.args[0]):
             replace(graph, node, node.args[0])
@@ -53,27 +53,28 @@ def _reshape(graph: Graph, node: fx.Node) -> None:
 
 def _permute(graph: Graph, node: fx.Node) -> None:
     """permute(permute(x)) is permute(x); one that keeps the order is x."""
-    dims, source = _order(node), node.args[0]
-    while calls(source, *_PERMUTES):
-        inner = _order(source)
+    dims, source = order_of(node), node.args[0]
+    while calls(source, *PERMUTES):
+        inner = order_of(source)
         dims, source = [inner[d] for d in dims], source.args[0]
     if dims == list(range(len(dims))):
         replace(graph, node, source)
+    elif _moves_only_ones(node, dims, source):
+        with graph.fx.inserting_before(node):
+            new = graph.call(_aten.reshape.default, source, [s if isinstance(s, int) else -1 for s in node.meta["val"].shape])
+        replace(graph, node, new)
+        _reshape(graph, new)
     elif source is not node.args[0]:
         with graph.fx.inserting_before(node):
             new = graph.call(_aten.permute.default, source, dims)
         replace(graph, node, new)
 
 
-def _order(node: fx.Node) -> list[int]:
-    """Which dim of the operand each dim of the result is."""
-    rank = node.meta["val"].dim()
-    order = list(range(rank))
-    if node.target is _aten.permute.default:
-        return [int(d) % rank for d in node.args[1]]
-    a, b = (0, rank - 1) if node.target is _aten.t.default else (int(d) % rank for d in node.args[1:3])
-    order[a], order[b] = order[b], order[a]
-    return order
+def _moves_only_ones(node: fx.Node, dims: list[int], source: fx.Node) -> bool:
+    """Whether the dims larger than 1 keep their order, so that no element moves."""
+    shape = source.meta["val"].shape
+    moved = [d for d in dims if not (isinstance(shape[d], int) and shape[d] == 1)]
+    return moved == sorted(moved) and sum(not isinstance(s, int) for s in node.meta["val"].shape) <= 1
 
 
 def example() -> Graph:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+
 from ingot.ops import InputSpec, StateSpec
 from ingot.ops.errors import IngotError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from ingot.ops.glu import ACTIVATIONS
 
 from . import Patch, Swap, close
@@ -42,8 +43,8 @@ def _experts(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
     b_out = module.down_proj_bias if module.has_bias else None
     out: torch.Tensor
     if act is not None and not post_norm:
-        out = torch.ops.ingot.moe(
-            hidden_states, top_k_index, top_k_weights, w_in, b_in, module.down_proj, b_out, act, gated, transposed, gated and not module.is_concatenated)  # fmt: skip
+        interleaved = gated and not module.is_concatenated
+        out = torch.ops.ingot.moe(hidden_states, top_k_index, top_k_weights, w_in, b_in, module.down_proj, b_out, act, gated, transposed, interleaved)
         return out
     active = top_k_index.shape[-1]
     ids = top_k_index.reshape(-1)

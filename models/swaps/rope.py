@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+
 from ingot.ops.rotary import STYLES
 
 from . import Patch, Swap, close, modeling_files
@@ -30,6 +31,7 @@ class Rope(Swap):
     def __init__(self, model: torch.nn.Module, context: Context) -> None:
         self.functions = {(file, name): f for file in modeling_files(model) for name, f in vars(file).items() if _takes_tables(name, f)}
         self.calls: dict[tuple[Any, str], set[_Call]] = {}
+        self._inside = False
         self._styles: dict[tuple[Any, str], str] | None = None
 
     def observers(self) -> list[Patch]:
@@ -37,9 +39,15 @@ class Rope(Swap):
 
     def _observer(self, key: tuple[Any, str], function: Callable[..., Any]) -> Callable[..., Any]:
         def observe(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # a function that a rotation is built from goes with it
+                return function(*args, **kwargs)
             inputs, cos, _, head_dim = _arguments(function, args, kwargs)
             self.calls.setdefault(key, set()).add(_Call(tuple(tuple(x.shape) for x in inputs), tuple(cos.shape), head_dim))
-            return function(*args, **kwargs)
+            self._inside = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside = False
 
         return observe
 
@@ -84,7 +92,7 @@ def _style(function: Callable[..., Any], calls: set[_Call]) -> str | None:
     for style in STYLES:
         for call in calls:
             inputs = [torch.randn(shape, generator=generator) for shape in call.inputs]
-            cos, sin = (torch.randn(call.table, generator=generator) for _ in range(2))
+            cos, sin = (_table(style, call.table, generator) for _ in range(2))
             if cos.shape[-1] * (2 if style.endswith("_half") else 1) > min(x.shape[-1] for x in inputs):
                 break
             rotated = function(*inputs, cos, sin, **({"unsqueeze_dim": call.head_dim} if accepts else {}))
@@ -94,6 +102,14 @@ def _style(function: Callable[..., Any], calls: set[_Call]) -> str | None:
         else:
             return style
     return None
+
+
+def _table(style: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """A random table that lies as `style` promises: functions may read any of the copies of a frequency."""
+    if style.endswith("_half"):
+        return torch.randn(shape, generator=generator)
+    half = torch.randn((*shape[:-1], shape[-1] // 2), generator=generator)
+    return half.repeat_interleave(2, -1) if style == "gptj" else torch.cat([half, half], -1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str, head_dim: int) -> torch.Tensor:

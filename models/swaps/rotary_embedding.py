@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from . import Patch, Swap, close
-from .context import Context
+from .context import Context, TraceError
 from .rope import Rope
+
+_DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 
 class RotaryEmbedding(Swap):
@@ -21,13 +23,19 @@ class RotaryEmbedding(Swap):
     """
 
     def __init__(self, model: torch.nn.Module, context: Context, constants: dict[torch.nn.Module, dict[str, torch.Tensor]], rope: Rope) -> None:
-        self.classes = {type(m) for m in model.modules() if "RotaryEmbedding" in type(m).__name__}
+        self.modules = [m for m in model.modules() if "RotaryEmbedding" in type(m).__name__]
         self.constants = constants
         self.rope = rope
         self.calls: dict[tuple[torch.nn.Module, tuple[Any, ...]], tuple[int, ...]] = {}
 
     def observers(self) -> list[Patch]:
-        return [Patch(cls, "forward", self._observer(cls.forward)) for cls in self.classes]
+        for module in self.modules:
+            kinds = getattr(module, "rope_type", None)
+            for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+                if kind in _DEPENDS_ON_LENGTH:
+                    name = type(module).__name__
+                    raise TraceError(f"{name}: rope type {kind!r} takes its frequencies by the length of a sequence; a step has many sequences")
+        return [Patch(cls, "forward", self._observer(cls.forward)) for cls in {type(m) for m in self.modules}]
 
     def _observer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def observe(module: torch.nn.Module, x: torch.Tensor, position_ids: Any = None, *args: Any, **kwargs: Any) -> Any:

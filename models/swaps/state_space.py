@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from ingot.ops import StateSpec
 
 from . import Patch, Swap, close, modeling_files

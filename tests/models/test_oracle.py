@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import fx
+
 from ingot.compiler.passes.clean_views import clean_views
 from ingot.models import oracle, tiny
 from ingot.ops import Graph
 from ingot.ops.target import Target
-from torch import fx
 
 REQUIRED = "llama qwen2 qwen3 mistral gemma2 phi3 olmo2 starcoder2 mixtral deepseek_v3 mamba2 gpt_oss".split()
 CPU = Target("cpu", "x86-64:", "")
@@ -98,6 +99,6 @@ def test_the_reason_of_a_crash_is_the_exception() -> None:
 
 def test_the_record_has_what_must_be_admitted() -> None:
     record = {v.model_type: v for v in oracle.load()}
-    assert list(v.architecture for v in oracle.load()) == sorted(v.architecture for v in oracle.load())
+    assert [v.architecture for v in oracle.load()] == sorted(v.architecture for v in oracle.load())
     assert all(record[m].admitted and not record[m].reason for m in REQUIRED)
     assert all(v.reason for v in record.values() if not v.admitted)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ingot.models import tiny
 from ingot.models.frontend import TraceError, trace
 from ingot.models.swaps import norm, patched, rope
@@ -108,7 +109,7 @@ def test_yarn_scales_the_tables() -> None:
 
 def test_tables_that_depend_on_the_length_are_refused() -> None:
     config = tiny.config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(TraceError, match="LlamaRotaryEmbedding: .*length"):
+    with pytest.raises(TraceError, match=r"LlamaRotaryEmbedding: .*length"):
         trace(config, dtype=torch.float32)
 
 
