@@ -124,7 +124,7 @@ class Tokenizer:
     @cached_property
     def _templates(self) -> dict[str, Any]:
         """Compiled templates by name, in a sandbox that renders as transformers does."""
-        import jinja2
+        import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def raise_exception(message: str) -> None:
