@@ -28,7 +28,7 @@ def compile_file(symbol: str, source: str, output: str, target: Target, launcher
     stem = f"{output}.{os.getpid()}"
     module.write_to_file(stem + ".o", "o")
     # The launcher's OpenMP symbols stay undefined: the libgomp that torch has loaded defines them when the kernel is loaded.
-    subprocess.run(["cc", "-shared", "-Wl,-Bsymbolic", "-o", stem, stem + ".o", launcher], check=True)
+    subprocess.run(["cc", "-shared", "-Wl,-Bsymbolic", "-o", stem, stem + ".o", launcher, "-lm"], check=True)
     os.remove(stem + ".o")
     os.replace(stem, output)
 

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-FAMILIES = ("linear", "norm")
+FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "norm", "rotary")
 
 
 def load() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from textwrap import dedent, indent
 
 
@@ -125,8 +125,50 @@ def functions(n: int, native_bfloat16: bool) -> dict[str, str]:
         ret {f} %z""")  # fmt: skip
     for name, intrinsic, start in (("sum", "reassoc float @llvm.vector.reduce.fadd", "float 0.0, "), ("max", "float @llvm.vector.reduce.fmax", "")):
         define("float", name, f"{f} %x", f"%y = call {intrinsic}.v{n}f32({start}{f} %x)\nret float %y")
+    _define_shuffles(define, n)
     _define_elementary(define, n)
     return out
+
+
+def _define_shuffles(define: Callable[[str, str, str, str], None], n: int) -> None:
+    """What moves lanes."""
+    f = f"<{n} x float>"
+
+    def order(lanes: Iterable[int]) -> str:
+        return f"<{n} x i32> <{', '.join(f'i32 {k}' for k in lanes)}>"
+
+    for name, lanes in (("evens", range(0, 2 * n, 2)), ("odds", range(1, 2 * n, 2))):
+        define(f, name, f"{f} %a, {f} %b", f"""
+            %y = shufflevector {f} %a, {f} %b, {order(lanes)}
+            ret {f} %y""")  # fmt: skip
+    define(f, "twice", f"{f} %x", f"""
+        %y = shufflevector {f} %x, {f} poison, {order(k // 2 for k in range(n))}
+        ret {f} %y""")  # fmt: skip
+    define(f, "turn_pairs", f"{f} %x", f"""
+        %m = fneg {f} %x
+        %y = shufflevector {f} %x, {f} %m, {order(k - 1 if k % 2 else n + k + 1 for k in range(n))}
+        ret {f} %y""")  # fmt: skip
+    define("float", "first", f"{f} %x", f"""
+        %y = extractelement {f} %x, i64 0
+        ret float %y""")  # fmt: skip
+    numbers = ", ".join(f"float {k}.0" for k in range(n))
+    define(f, "numbers", "", f"ret {f} <{numbers}>")
+    define(f, "between", f"{f} %x, i32 %begin, i32 %end", f"""
+        %before = call <{n} x i1> @first_{n}(i32 %begin)
+        %until = call <{n} x i1> @first_{n}(i32 %end)
+        %y = select <{n} x i1> %until, {f} %x, {f} splat (float 0xFFF0000000000000)
+        %z = select <{n} x i1> %before, {f} splat (float 0xFFF0000000000000), {f} %y
+        ret {f} %z""")  # fmt: skip
+    # Neighbours are added, log₂ n times: lane k ends as the sum of vector k.
+    lines, vectors = [], [f"%x{k}" for k in range(n)]
+    while len(vectors) > 1:
+        added = []
+        for a, b in zip(vectors[::2], vectors[1::2], strict=True):
+            y = f"%y{len(lines)}"
+            lines += [f"{y}e = call {f} @evens({f} {a}, {f} {b})", f"{y}o = call {f} @odds({f} {a}, {f} {b})", f"{y} = fadd {f} {y}e, {y}o"]
+            added.append(y)
+        vectors = added
+    define(f, "sums", ", ".join(f"{f} %x{k}" for k in range(n)), "\n".join([*lines, f"ret {f} {vectors[0]}"]))
 
 
 def _define_elementary(define: Callable[[str, str, str, str], None], n: int) -> None:

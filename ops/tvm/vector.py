@@ -21,8 +21,7 @@ from . import llvm
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What kernels read and write; they compute in float32."""
 
-STACK_BYTES = 1024
-"""The largest buffer that TVM keeps on the stack; more would be allocated from the heap at each call."""
+INDEX_DTYPES = {torch.int32: "int32", torch.int64: "int64"}
 
 
 class Vectors:
@@ -51,6 +50,10 @@ class Vectors:
 
     def max(self, vector: str) -> str:
         return f'T.call_extern("float32", "max", {vector})'
+
+    def first(self, vector: str) -> str:
+        """Lane 0."""
+        return f'T.call_extern("float32", "first", {vector})'
 
     def load(self, dtype: str, ref: str, count: str | None = None) -> str:
         """`lanes` elements as float32."""
@@ -118,9 +121,9 @@ class Vectors:
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
 
 
-def parallel(steps: Steps, tensor: Tensor) -> str:
-    """The loop over a tensor's rows: parallel where there can be enough of them to pay for waking the threads."""
-    return "T.parallel" if steps.bound(tensor.shape[0]) * math.prod(tensor.shape[1:]) >= 1 << 15 else "T.serial"  # type: ignore[arg-type]
+def parallel(steps: Steps, tensor: Tensor, cost: int = 1) -> str:
+    """The loop over a tensor's rows: parallel where there can be enough work to pay for waking the threads. `cost`: of an element, a copy's being 1."""
+    return "T.parallel" if steps.bound(tensor.shape[0]) * math.prod(tensor.shape[1:]) * cost >= 1 << 15 else "T.serial"  # type: ignore[arg-type]
 
 
 def row_index(tensor: Tensor, row: str) -> tuple[str, str]:
