@@ -49,10 +49,10 @@ class Executor:
         for state in manifest.states:
             # zeros, so that no NaN of old memory meets a zero probability
             self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
-        self._layout = StepLayout(
+        self.layout = StepLayout(
             tuple((n, -(-memory.max_model_len // g.page_size)) for n, g in groups.items() if g.kind == "page"), any(g.kind == "slot" for g in groups.values())
         )
-        largest = self._layout.size(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs))
+        largest = self.layout.size(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs))
         self._step_buffer = torch.zeros(largest, dtype=torch.int32, device=self.device)
         self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
         self._bound: OrderedDict[tuple[str, int, int, int], BoundPlan] = OrderedDict()
@@ -61,18 +61,30 @@ class Executor:
 
     def step(self, batch: StepBatch) -> Sampled:
         """Compute the batch's new tokens and sample at its logits rows."""
-        assert batch.layout == self._layout, "the cache and the executor disagree about page tables"
-        rows = batch.num_rows
+        logits, staged = self._forward(batch)
+        return sample(logits, SamplingRows.from_batch(staged, self._step_buffer)).first(batch.num_rows).to_host()
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """The same step without sampling: logits [R, V] on the device, valid until the next step."""
+        return self._forward(batch)[0][: batch.num_rows]
+
+    def captured(self, batch: StepBatch) -> bool:
+        """Whether the step is replayed as a CUDA graph."""
+        return self._variant(batch).capture
+
+    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, StepBatch]:
+        """Logits and the batch that made them, which may be padded."""
+        assert batch.layout == self.layout, "the cache and the executor disagree about page tables"
         variant = self._variant(batch)
         if variant.capture:
             batch = batch.pad_to(variant.max_seqs, variant.max_seqs, variant.max_seqs)
             plan: BoundPlan | CapturedPlan = self._captured[variant.name]
         else:
-            plan = self._bind(variant, batch.num_tokens, batch.num_seqs, rows)
+            plan = self._bind(variant, batch.num_tokens, batch.num_seqs, batch.num_rows)
         # one copy a step: kernels and sampler read their arrays where they lie in the buffer
         self._step_buffer[: batch.buffer.size].copy_(torch.from_numpy(batch.buffer), non_blocking=True)
         plan.run()
-        return sample(plan.results[0], SamplingRows.from_batch(batch, self._step_buffer)).first(rows).to_host()
+        return plan.results[0], batch
 
     def _variant(self, batch: StepBatch) -> Variant:
         decode = batch.num_tokens == batch.num_seqs == batch.num_rows
@@ -89,8 +101,8 @@ class Executor:
             self._bound.move_to_end(key)
             return self._bound[key]
         sizes = {"T": tokens, "S": seqs, "R": rows}
-        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, c in self._layout.page_groups}
-        inputs = {n: self._step_buffer[f.offset : f.offset + math.prod(f.shape)] for n, f in self._layout.fields(tokens, seqs, rows).items()}
+        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, c in self.layout.page_groups}
+        inputs = {n: self._step_buffer[f.offset : f.offset + math.prod(f.shape)] for n, f in self.layout.fields(tokens, seqs, rows).items()}
         plan = bind(variant, sizes, self._roots | inputs, self._arena, self._kernels, self.device)
         self._bound[key] = plan
         if len(self._bound) > BOUND_PLANS:
@@ -104,6 +116,6 @@ class Executor:
         for i, v in enumerate(variants):
             progress("capture CUDA graphs", i / len(variants))
             n = v.max_seqs
-            padding = StepBatch(self._layout, 0, 0, 0).pad_to(n, n, n)
+            padding = StepBatch(self.layout, 0, 0, 0).pad_to(n, n, n)
             self._step_buffer[: padding.buffer.size].copy_(torch.from_numpy(padding.buffer))
             self._captured[v.name] = capture(self._bind(v, n, n, n), pool)
