@@ -34,6 +34,7 @@ def compile_file(symbol: str, source: str, output: str, target: Target, launcher
 
 
 if __name__ == "__main__":
+    sys.excepthook = sys.__excepthook__  # TVM's own says nothing of what is wrong with a script
     for line in sys.stdin:
         symbol, source, output = line.rstrip("\n").split("\t")
         compile_file(symbol, source, output, Target(json.loads(sys.argv[1])), sys.argv[2])

@@ -19,7 +19,7 @@ def kv_write(call: Call, steps: Steps, target: Target) -> list[Candidate]:
 
     def copy(name: str, tensor: Tensor, cache: Tensor) -> str:
         def line(i: str, count: str | None) -> list[str]:
-            value = vectors.load(DTYPES[tensor.dtype], f"{name}[t, head, {i}]", count)
+            value = vectors.load(DTYPES[tensor.dtype], f"new_{name}[t, head, {i}]", count)
             return [vectors.store(DTYPES[cache.dtype], f"{name}_cache[page, head, offset, {i}]", value, count)]
 
         return vectors.over(tensor.shape[-1], line, 3)  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ for t in {parallel(steps, k)}(tokens):
 {copy("k", k, k_cache)}
 {copy("v", v, v_cache)}
 """
-    inputs = [(n, DTYPES[call.args[n].dtype], ("tokens", *call.args[n].shape[1:])) for n in ("k", "v")]
+    inputs = [(f"new_{n}", DTYPES[call.args[n].dtype], ("tokens", *call.args[n].shape[1:])) for n in ("k", "v")]
     text = vectors.script("kv_write", [*inputs, *_caches(call), ("slot_mapping", "int32", ("tokens",))], body)
     operands = tuple(Operand(arg=n) for n in ("k", "v", "k_cache", "v_cache", "slot_mapping"))
     return [Candidate("tokens", (Launch(Source("kv_write", "tvm", "kv_write", text), operands),))]

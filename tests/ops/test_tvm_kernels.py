@@ -1,0 +1,245 @@
+"""Every CPU kernel family against its op's reference, for each instruction set that this machine runs, at sizes that no vector width divides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ingot.artifacts.launch_tvm import SharedObject, load
+from ingot.artifacts.plan import Kernel
+from ingot.compiler.codegen.tvm import compile_sources
+from ingot.ops import OPS, tvm
+from ingot.ops.dims import evaluate
+from ingot.ops.glu import ACTIVATIONS
+from ingot.ops.kernel import CLAIMS, Call, Candidate, Operand, Steps, Tensor
+from ingot.ops.rotary import STYLES
+from ingot.ops.target import Target, host
+
+tvm.load()
+
+F32, BF16, F16, I32, I64 = torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64
+TOLERANCE = {F32: 1e-5, BF16: 1e-2, F16: 2e-3}
+"""Largest |out − ref| / (|ref| + rms(ref)), the reference in float32: the roundings of a result, and sums in another order."""
+FEATURES = ("avx2+fma", "avx2+fma+avx512f+avx512bw+avx512vl", "avx2+fma+avx512f+avx512bw+avx512vl+avx512_vnni+avx512_bf16")
+TARGETS = {f.rpartition("+")[2]: t for f in FEATURES if (t := Target("cpu", f"x86-64:{f}", "")).features <= host().features}
+
+T, R, S, PAGES = {"T": 1}, {"R": 1}, {"S": 1}, {"N_full": 1}
+PREFILL, DECODE = Steps(64, 8, 64, 64, False), Steps(8, 8, 1, 8, False)
+FEW, ONE = Steps(16, 16, 1, 16, False), Steps(1, 1, 1, 1, False)
+NEW_TOKENS = {64: [[1, 0, 5, 17, 2], [40]], 16: [[3, 4]], 8: [[1, 1, 1]], 1: [[1]]}
+"""Batches by `max_tokens`: the new tokens of each sequence. The last of several is a padding row, and tokens follow that no sequence has."""
+
+Example = tuple[Steps, Call]
+CASES: dict[str, list[Example]] = {}
+
+
+def case(op: str, steps: Steps, args: dict[str, Any], *results: Tensor) -> None:
+    CASES.setdefault(op, []).append((steps, Call(op, args, results)))
+
+
+def rows(dtype: torch.dtype, *shape: int) -> Tensor:
+    return Tensor(dtype, (T, *shape))
+
+
+def weight(dtype: torch.dtype, *shape: int) -> Tensor:
+    return Tensor(dtype, shape)
+
+
+def _linears() -> None:
+    for steps, dtype, n, k, bias in (
+        (FEW, F32, 21, 75, True),
+        (FEW, BF16, 37, 75, True),
+        (FEW, F16, 8, 33, False),
+        (FEW, BF16, 24, 64, False),
+        (ONE, BF16, 3, 96, False),
+    ):
+        b = weight(dtype, n) if bias else None
+        case("linear", steps, {"x": rows(dtype, k), "weight": weight(dtype, n, k), "bias": b}, rows(dtype, n))
+        case("linear_add", steps, {"x": rows(dtype, k), "weight": weight(dtype, n, k), "bias": b, "residual": rows(dtype, n)}, rows(dtype, n))
+    for dtype, i, act in ((F32, 13, "silu"), (BF16, 24, "gelu"), (F16, 5, "gelu_tanh"), (BF16, 13, "relu")):
+        case("linear_glu", FEW, {"x": rows(dtype, 75), "weight": weight(dtype, 2 * i, 75), "act": act}, rows(dtype, i))
+    wanted = Tensor(BF16, (R, 40))
+    case("linear", Steps(64, 8, 64, 8, False), {"x": wanted, "weight": weight(BF16, 51, 40), "bias": None}, Tensor(BF16, (R, 51)))
+
+
+def _norms() -> None:
+    for dtype, shape, w, offset in ((F32, (75,), F32, 1.0), (BF16, (3, 24), None, 0.0), (F16, (64,), F32, 0.0), (BF16, (1030,), BF16, 0.0)):
+        args = {"weight": weight(w, shape[-1]) if w else None, "eps": 1e-5, "offset": offset}
+        case("rms_norm", PREFILL, {"x": rows(dtype, *shape), **args}, rows(dtype, *shape))
+        case("add_rms_norm", PREFILL, {"x": rows(dtype, *shape), "residual": rows(dtype, *shape), **args}, rows(dtype, *shape), rows(dtype, *shape))
+
+
+def _glus() -> None:
+    for dtype, shape, act in zip((F32, BF16, F16, F32, BF16), ((75,), (3, 24), (5,), (64,), (1030,)), ACTIVATIONS, strict=True):
+        case("glu", PREFILL, {"gate_up": rows(dtype, *shape[:-1], 2 * shape[-1]), "act": act}, rows(dtype, *shape))
+
+
+def _tables() -> None:
+    for dtype, index, width in ((F32, I32, 75), (BF16, I64, 640)):
+        case("embedding", PREFILL, {"ids": rows(index), "weight": weight(dtype, 99, width)}, rows(dtype, width))
+    for dtype, shape in ((BF16, (75,)), (F32, (3, 24))):
+        case("gather_rows", PREFILL, {"x": rows(dtype, *shape), "rows": Tensor(I32, (R,))}, Tensor(dtype, (R, *shape)))
+
+
+def _rotations() -> None:
+    for half in (False, True):
+        table = rows(F32, 12 if half else 24)
+        case("rotary_embedding", PREFILL, {"positions": rows(I32), "inv_freq": weight(F32, 12), "scaling": 1.5, "half": half}, table, table)
+    for style, dtype, e, r in zip(STYLES, (F32, BF16, F32, F32, BF16, F32, F32), (80, 24, 24, 128, 16, 80, 24), (80, 24, 20, 44, 16, 44, 24), strict=True):
+        table = rows(dtype, r // 2 if style.endswith("_half") else r)
+        case("rope", PREFILL, {"x": rows(dtype, 3, e), "cos": table, "sin": table, "style": style}, rows(dtype, 3, e))
+
+
+def _caches(dtype: torch.dtype, heads: int, page_size: int, e: int, f: int) -> dict[str, Tensor]:
+    return {"k_cache": Tensor(dtype, (PAGES, heads, page_size, e)), "v_cache": Tensor(dtype, (PAGES, heads, page_size, f))}
+
+
+def _writes() -> None:
+    for dtype, e, f, page_size in ((BF16, 24, 40, 16), (F32, 16, 16, 4)):
+        case("kv_write", PREFILL, {"k": rows(dtype, 2, e), "v": rows(dtype, 2, f), **_caches(dtype, 2, page_size, e, f), "slot_mapping": rows(I32)})
+    shapes = ((BF16, 4, 2, 128, 128, "neox", BF16), (F32, 3, 1, 24, 16, "gptj", None), (F32, 2, 2, 80, 80, "neox_half", F32), (F16, 4, 4, 16, 24, "dsv3", None))
+    for dtype, heads, kv_heads, e, f, style, norm in shapes:
+        table = rows(F32, e // 2 if style.endswith("_half") else e - 8 if norm is None else e)
+        head_weight = weight(norm, e) if norm else None
+        args = {"qkv": rows(dtype, heads * e + kv_heads * (e + f)), "cos": table, "sin": table, "q_weight": head_weight, "k_weight": head_weight}
+        args |= {**_caches(dtype, kv_heads, 16, e, f), "slot_mapping": rows(I32), "num_heads": heads, "num_kv_heads": kv_heads, "style": style}
+        case("qkv_rope_kv_write", PREFILL, args | {"eps": 1e-6, "offset": 1.0 if norm is F32 else 0.0}, rows(dtype, heads, e))
+
+
+def _attention() -> None:
+    shapes: tuple[tuple[Steps, torch.dtype, tuple[int, ...], int, dict[str, Any]], ...] = (
+        (PREFILL, F32, (4, 2, 16, 16), 16, {}),
+        (PREFILL, BF16, (4, 2, 128, 128), 16, {"window": 20}),
+        (PREFILL, F32, (5, 1, 80, 24), 16, {"softcap": 3.0, "alibi_slopes": True}),
+        (PREFILL, F16, (3, 3, 24, 64), 4, {"chunk": 24, "sinks": True}),
+        (DECODE, BF16, (16, 1, 64, 80), 20, {"sinks": True}),
+        (DECODE, F32, (4, 4, 24, 16), 16, {"window": 7, "chunk": 16, "softcap": 5.0}),
+        (ONE, BF16, (4, 1, 128, 128), 16, {"alibi_slopes": True}),
+    )
+    for steps, dtype, (heads, kv_heads, e, f), page_size, options in shapes:
+        args: dict[str, Any] = {"q": rows(dtype, heads, e), **_caches(dtype, kv_heads, page_size, e, f), "cu_seqlens_q": Tensor(I32, ({"S": 1, "": 1},))}
+        args |= {"seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, {"P_full": 1})), "sinks": None, "alibi_slopes": None}
+        args |= {"scale": e**-0.5, "window": 0, "chunk": 0, "softcap": 0.0}
+        args |= {n: weight(F32, heads) if v is True else v for n, v in options.items()}
+        case("paged_attention", steps, args, rows(dtype, heads, f))
+
+
+for define in (_linears, _norms, _glus, _tables, _rotations, _writes, _attention):
+    define()
+# Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
+EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
+
+
+def candidate_of(isa: str, steps: Steps, call: Call) -> Candidate:
+    return next(c for claim in CLAIMS[call.op, "tvm"] for c in claim(call, steps, TARGETS[isa]))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], SharedObject]:
+    """Every example's kernel by (isa, source text); compiled together, since a compiler process takes seconds to start."""
+    loaded = {}
+    for isa, target in TARGETS.items():
+        sources = list(dict.fromkeys(launch.source for i, s, c in EXAMPLES if i == isa for launch in candidate_of(i, s, c).launches))
+        paths = compile_sources(sources, target, tmp_path_factory.mktemp(isa), jobs=2)
+        for source, path in zip(sources, paths, strict=True):
+            loaded[isa, source.text] = load(Kernel(path.stem, source.family, "tvm", source.symbol, path.name, ""), path)
+    return loaded
+
+
+def runs(steps: Steps, call: Call) -> Iterator[dict[str, Any]]:
+    """Argument values of steps of several sizes."""
+    paged = "slot_mapping" in call.args or "seq_lens" in call.args
+    if paged:
+        page_size = call.args["k_cache"].shape[2]
+        for new in NEW_TOKENS[steps.max_tokens]:
+            batch, sizes = _batch(new, page_size)
+            yield {n: batch[n] if n in batch else _random(n, a, call, sizes) for n, a in call.args.items()}
+    else:
+        for t in (t for t in (1, 2, 3, 7, 16, 37) if t <= steps.max_tokens):
+            sizes = {"T": t, "R": min(t, steps.max_rows)}
+            yield {n: _random(n, a, call, sizes) for n, a in call.args.items()}
+
+
+def _batch(new: list[int], page_size: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Step inputs on shuffled pages, 0 to 70 tokens cached."""
+    lens = [n + int(torch.randint(0, 70, ())) for n in new]
+    extra = 0
+    if len(new) > 1:
+        lens[-1], extra = 0, 3
+    starts = torch.tensor([0, *new]).cumsum(0)
+    width = -(-max(lens) // page_size) + 1
+    pages = torch.randperm(len(new) * width + 2)[: len(new) * width].view(len(new), width)
+    slots = torch.full((sum(new) + extra,), -1)
+    for s, (n, length) in enumerate(zip(new, lens, strict=True)):
+        if length:
+            positions = torch.arange(length - n, length)
+            slots[starts[s] : starts[s + 1]] = pages[s, positions // page_size] * page_size + positions % page_size
+    batch = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lens), "page_table": pages, "slot_mapping": slots}
+    sizes = {"T": len(slots), "S": len(new), "P_full": width, "N_full": len(new) * width + 2}
+    return {n: v.int() for n, v in batch.items()}, sizes
+
+
+def _random(name: str, arg: Any, call: Call, sizes: dict[str, int]) -> Any:
+    if not isinstance(arg, Tensor):
+        return arg
+    shape = [evaluate(d, sizes) for d in arg.shape]
+    if not arg.dtype.is_floating_point:
+        below = {"positions": 9000, "rows": sizes["T"], "ids": 99}[name]
+        return torch.randint(0, below, shape, dtype=arg.dtype)
+    return torch.randn(shape).to(arg.dtype)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = (actual.float() - expected).abs() / (expected.abs() + expected.square().mean().sqrt() + 1e-9)
+    assert difference.max() <= TOLERANCE[actual.dtype]  # NaN compares false
+
+
+@pytest.mark.parametrize(("isa", "steps", "call"), EXAMPLES, ids=[f"{i}-{c.op}-{n}" for n, (i, _, c) in enumerate(EXAMPLES)])
+def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels: dict[tuple[str, str], SharedObject]) -> None:
+    torch.manual_seed(len(repr(call)))
+    op, candidate = OPS[call.op], candidate_of(isa, steps, call)
+    for values in runs(steps, call):
+        exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v for n, v in values.items()}
+        exact |= {n: exact[n].clone() for n in op.states}
+        expected = op.reference(*exact.values())
+        expected = expected if isinstance(expected, tuple) else () if expected is None else (expected,)
+        outputs = [torch.full(e.shape, float("nan"), dtype=r.dtype) for e, r in zip(expected, call.results, strict=True)]
+        tokens = {"T": next((len(v) for n, v in values.items() if isinstance(call.args[n], Tensor) and call.args[n].shape[0] == T), 0)}
+        scratch = [torch.full([evaluate(d, tokens) for d in s.shape], float("nan"), dtype=s.dtype) for s in candidate.scratch]
+
+        def operand(o: Operand, values: dict[str, Any] = values, outputs: list[torch.Tensor] = outputs, scratch: list[torch.Tensor] = scratch) -> torch.Tensor:
+            return values[o.arg] if o.arg is not None else outputs[o.out] if o.out is not None else scratch[o.scratch or 0]
+
+        for launch in candidate.launches:
+            kernels[isa, launch.source.text].bind([operand(o) for o in launch.operands])()
+        for actual, wanted in [*zip(outputs, expected, strict=True), *((values[n], exact[n]) for n in op.states)]:
+            assert_close(actual, wanted)
+
+
+def test_every_family_has_examples() -> None:
+    assert {op for op, backend in CLAIMS if backend == "tvm"} == set(CASES)
+
+
+def test_what_a_family_cannot_do_it_declines() -> None:
+    target = TARGETS["fma"]
+    x, w = rows(BF16, 32), weight(BF16, 8, 32)
+    assert CLAIMS["linear", "tvm"][0](Call("linear", {"x": x, "weight": w, "bias": None}, (rows(BF16, 8),)), PREFILL, target) == []
+    assert CLAIMS["linear", "tvm"][0](Call("linear", {"x": x, "weight": weight(F32, 8, 32), "bias": None}, (rows(BF16, 8),)), ONE, target) == []
+    steps, call = CASES["paged_attention"][1]
+    mixed = Call(call.op, call.args | {"k_cache": Tensor(F32, call.args["k_cache"].shape)}, call.results)
+    assert CLAIMS["paged_attention", "tvm"][0](mixed, steps, target) == []
+
+
+@pytest.mark.parametrize("isa", [t for t in TARGETS if t != "avx512vl"])
+def test_large_values_saturate_and_nan_stays_nan(isa: str, kernels: dict[tuple[str, str], SharedObject]) -> None:
+    steps, call = CASES["glu"][0]  # silu, float32
+    candidate = candidate_of(isa, steps, call)
+    gate_up = torch.ones(1, call.args["gate_up"].shape[1])
+    gate_up[0, :4] = torch.tensor([float("nan"), 200.0, -200.0, -88.5])
+    out = torch.empty(1, gate_up.shape[1] // 2)
+    kernels[isa, candidate.launches[0].source.text].bind([gate_up, out])()
+    assert out[0, 0].isnan()
+    torch.testing.assert_close(out[0, 1:], OPS["glu"].reference(gate_up, "silu")[0, 1:], atol=1e-30, rtol=1e-5)
