@@ -12,13 +12,16 @@ from textwrap import indent
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
 from ..target import Target
-from .vector import DTYPES, Vectors
+from .vector import BYTES, DTYPES, Vectors
 
 MAX_ROWS = 16
 GROUP = 4
 """Rows of x, and rows of the weight, that are multiplied together: 16 accumulators."""
 COLUMNS = 8
 """Columns of a result that a task makes."""
+PREFETCH_BYTES = 32 << 10
+"""How far ahead of their use weights are asked for. The rows that are read together are streams too short for the hardware's
+prefetcher: on Zen 4 this doubles the bandwidth of K = 1024, and reaches that of a plain read."""
 
 
 @claims("linear", "tvm")
@@ -111,11 +114,12 @@ class _Tile:
         return indent("\n".join(lines), "    ")
 
     def _products(self, group: int, k: str, count: str | None) -> str:
-        lines = [f"for m in T.unroll({group}):"]
-        for r in range(GROUP):
-            column = f"first + part * {self.width} + {r % self.width}"
-            if self.columns % COLUMNS:
-                column = f"T.min({column}, {self.columns - 1})"
-            row = f"{self.columns} + {column}" if r >= self.width else column
-            lines.append(f"    acc{r}[m] = {self.vectors.dot(self.dtype, f'acc{r}[m]', f'x[t + m, {k}]', f'weight[{row}, {k}]', count)}")
-        return "\n".join(lines)
+        v = self.vectors
+        columns = [f"first + part * {self.width} + {r % self.width}" for r in range(GROUP)]
+        if self.columns % COLUMNS:
+            columns = [f"T.min({column}, {self.columns - 1})" for column in columns]
+        rows = [f"{self.columns} + {column}" if r >= self.width else column for r, column in enumerate(columns)]
+        ahead = PREFETCH_BYTES // BYTES[self.dtype]
+        fetch = [] if count else [v.prefetch(f"weight[{row}, {k} + {ahead}]") for row in rows]
+        products = [f"    acc{r}[m] = {v.dot(self.dtype, f'acc{r}[m]', f'x[t + m, {k}]', f'weight[{row}, {k}]', count)}" for r, row in enumerate(rows)]
+        return "\n".join([*fetch, f"for m in T.unroll({group}):", *products])

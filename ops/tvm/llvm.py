@@ -24,6 +24,7 @@ def functions(n: int, native_bfloat16: bool) -> dict[str, str]:
             %b = shufflevector <{lanes} x i32> %a, <{lanes} x i32> poison, <{lanes} x i32> zeroinitializer
             %m = icmp slt <{lanes} x i32> <{index}>, %b
             ret <{lanes} x i1> %m""")  # fmt: skip
+    define("void", "prefetch", "ptr %p", "call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)\nret void")
     define(f, "widen_bfloat16", f"{s} %h", f"""
         %w = zext {s} %h to {i}
         %b = shl {i} %w, splat (i32 16)

@@ -71,6 +71,10 @@ class Vectors:
     def store_one(self, dtype: str, ref: str, scalar: str) -> str:
         return f'T.evaluate(T.call_extern("void", "store_one_{dtype}", {_address(ref)}, {scalar}))'
 
+    def prefetch(self, ref: str) -> str:
+        """A statement that asks for the cache line of an element, which need not exist, to be brought to the second cache."""
+        return f'T.evaluate(T.call_extern("void", "prefetch", {_address(ref)}))'
+
     def step(self, dtype: str) -> int:
         """How many elements one `dot` consumes: bfloat16 is multiplied in pairs."""
         return self.lanes * (2 if dtype == "bfloat16" else 1)
@@ -95,7 +99,7 @@ class Vectors:
         lines = [f"{size} = T.int32()" for size in sizes]
         for buffer, dtype, shape in buffers:
             # The alignment of the element alone: a view may begin anywhere.
-            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{dtype}", align={_BYTES[dtype]})')
+            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{dtype}", align={BYTES[dtype]})')
         declared = "\n".join(lines)
         parameters = ", ".join([f"{b}_: T.handle" for b, _, _ in buffers] + [f"{s}: T.{t}" for s, t in scalars])
         body = "\n".join(line for line in body.splitlines() if line.strip())
@@ -118,7 +122,7 @@ class Vectors:
         return "\n" + "".join(definitions[n] for n in definitions if n in needed)
 
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
 
 
 def parallel(steps: Steps, tensor: Tensor, cost: int = 1) -> str:

@@ -1,0 +1,123 @@
+"""The decode linears of a model on this CPU: GB/s of weights, beside the bandwidth that a plain read of memory reaches.
+
+    python benchmarks/cpu_kernels.py --config DIR_OR_JSON [--rows 1] [--threads N] > result.json
+
+Weights are rotated through 256 MB, so that no cache holds them. Times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ingot.artifacts.launch_tvm import SharedObject, load
+from ingot.artifacts.plan import Kernel
+from ingot.artifacts.settings import settings
+from ingot.compiler.codegen.tvm import compile_sources
+from ingot.ops import tvm
+from ingot.ops.kernel import CLAIMS, Call, Source, Steps, Tensor
+from ingot.ops.target import host
+from ingot.ops.tvm.vector import Vectors
+
+ROTATED_BYTES = 256 << 20
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[str, int, int]]:
+    """The linears of a layer and the head, as the compiler fuses them: name → (op, N, K)."""
+    d, i = config["hidden_size"], config["intermediate_size"]
+    e = config.get("head_dim") or d // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * e, config["num_key_value_heads"] * e
+    return {
+        "qkv_proj": ("linear", q + 2 * kv, d),
+        "o_proj": ("linear_add", d, q),
+        "gate_up_proj": ("linear_glu", 2 * i, d),
+        "down_proj": ("linear_add", d, i),
+        "lm_head": ("linear", config["vocab_size"], d),
+    }
+
+
+def call(op: str, n: int, k: int, dtype: torch.dtype) -> Call:
+    columns = n // 2 if op == "linear_glu" else n
+    result = Tensor(dtype, ({"T": 1}, columns))
+    extra: dict[str, Any] = {"linear": {"bias": None}, "linear_add": {"bias": None, "residual": result}, "linear_glu": {"act": "silu"}}[op]
+    return Call(op, {"x": Tensor(dtype, ({"T": 1}, k)), "weight": Tensor(dtype, (n, k)), **extra}, (result,))
+
+
+def read_source() -> Source:
+    """Reads an array and keeps one sum of each 4 KB."""
+    v = Vectors(host())
+    body = f"""
+for block in T.parallel(size // 1024):
+    total = T.alloc_buffer((4,), "{v.type}", scope="global")
+    for i in T.unroll(4):
+        total[i] = {v.splat(0.0)}
+    for k in T.serial({256 // v.lanes}):
+        for i in T.unroll(4):
+            total[i] = total[i] + {v.load("float32", f"x[block * 1024 + (k * 4 + i) * {v.lanes}]")}
+    y[block] = {v.sum("total[0] + total[1] + total[2] + total[3]")}
+"""
+    return Source("read", "tvm", "read", v.script("read", [("x", "float32", ("size",)), ("y", "float32", ("sums",))], body))
+
+
+def seconds(runs: list[Callable[[], None]], repetitions: int = 9) -> float:
+    """Median time of one of `runs`, which are called in turn."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        times.append((time.perf_counter() - start) / len(runs))
+    return statistics.median(times)
+
+
+def compiled(sources: list[Source], folder: Path) -> list[SharedObject]:
+    paths = compile_sources(sources, host(), folder, jobs=1)
+    return [load(Kernel(p.stem, s.family, "tvm", s.symbol, p.name, ""), p) for s, p in zip(sources, paths, strict=True)]
+
+
+def measure(config: dict[str, Any], rows: int, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    steps = Steps(rows, rows, 1, rows, False)
+    calls = {name: call(*shape, dtype) for name, shape in shapes(config).items()}
+    candidates = {name: CLAIMS[c.op, "tvm"][0](c, steps, host())[0].launches[0] for name, c in calls.items()}
+    read, *kernels = compiled([read_source(), *(launch.source for launch in candidates.values())], folder)
+
+    array = torch.ones(ROTATED_BYTES // 4)
+    bandwidth = ROTATED_BYTES / seconds([read.bind([array, torch.empty(len(array) // 1024)])]) / 1e9
+    result: dict[str, Any] = {"device": host().device, "threads": torch.get_num_threads(), "rows": rows, "read_gb_per_s": round(bandwidth, 1)}
+    for (name, launch), kernel in zip(candidates.items(), kernels, strict=True):
+        args = calls[name].args
+        n, k = args["weight"].shape
+        weights = torch.randn(max(1, ROTATED_BYTES // (n * k * dtype.itemsize)), n, k).to(dtype)
+        fixed = {a: torch.randn(rows, *t.shape[1:]).to(dtype) for a, t in args.items() if isinstance(t, Tensor) and a != "weight"}
+        out = torch.empty(rows, *calls[name].results[0].shape[1:], dtype=dtype)
+        runs = [kernel.bind([w if o.arg == "weight" else out if o.arg is None else fixed[o.arg] for o in launch.operands]) for w in weights]
+        elapsed = seconds(runs)
+        rate = n * k * dtype.itemsize / elapsed / 1e9
+        result[name] = {"shape": [n, k], "us": round(elapsed * 1e6, 1), "gb_per_s": round(rate, 1), "of_read": round(rate / bandwidth, 3)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a model's config.json, or its folder")
+    parser.add_argument("--rows", type=int, default=1, help="tokens of a step, at most 16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--threads", type=int, default=settings().num_threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tvm.load()
+    path = options.config / "config.json" if options.config.is_dir() else options.config
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(json.loads(path.read_text()), options.rows, getattr(torch, options.dtype), Path(folder)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
