@@ -180,12 +180,12 @@ def _tiles(rows: int | None, target: Target, group: int, e: int, f: int, itemsiz
     least = max(16, power_of_two(group))
     if rows is not None:
         m = max(least, power_of_two(rows))
-        wanted = [Tile(m, 64, 4, 5), Tile(m, 32, 4, 7), Tile(m, 128, 4, 3), Tile(m, 32, 4, 3)]
+        wanted = [Tile(m, 128, 4, 3), Tile(m, 32, 1 if m == 16 else 4, 5), Tile(m, 64, 4, 5), Tile(m, 32, 4, 3)]
     else:
-        wanted = [Tile(max(m, least), n, w, s) for m, n, w, s in ((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 4, 3), (32, 32, 4, 3))]
+        wanted = [Tile(max(m, least), n, w, s) for m, n, w, s in ((128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3))]
     if itemsize == 4:  # multiplied without matrix units: large tiles would spill
         wanted = [Tile(max(min(32, t.m), least), 32, 4, 2) for t in wanted[:1]]
-    fitting = [t for t in wanted if t.shared_bytes(e, f, itemsize) <= SHARED_MEMORY_BYTES[target.isa]]
+    fitting = [t for t in dict.fromkeys(wanted) if t.shared_bytes(e, f, itemsize) <= SHARED_MEMORY_BYTES[target.isa]]
     return fitting[:3] or [Tile(least, 16, 4, 1)]
 
 

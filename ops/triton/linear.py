@@ -6,7 +6,7 @@ multiprocessor enough loads in flight: narrow in N, deep in K, and split over K 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -127,42 +127,47 @@ class Tile:
         return self.stages * (self.m + weights * self.n) * self.k * itemsize
 
 
-GEMV_TILES = ((4, 1024, 4), (8, 1024, 4), (8, 512, 4), (16, 512, 8))  # rows of the weight, columns, warps
-FEW_ROWS = (Tile(16, 16, 256, 4, 4), Tile(16, 32, 256, 4, 4), Tile(16, 64, 128, 4, 5), Tile(16, 128, 64, 4, 5))
-SOME_ROWS = (Tile(64, 32, 128, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4))
-MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 4, 3))
+# best first where the weight is narrow, last where it is very wide (an LM head): H200, benchmarks/results/*-gpu-tiles.json
+GEMV_TILES = ((2, 2048, 4), (4, 4096, 8), (4, 1024, 4), (8, 1024, 4))  # rows of the weight, columns, warps
+FEW_ROWS = (Tile(16, 32, 128, 4, 6), Tile(16, 64, 128, 4, 6), Tile(16, 32, 256, 4, 5), Tile(16, 128, 128, 4, 4))
+SOME_ROWS = (Tile(64, 32, 128, 4, 5), Tile(64, 64, 128, 4, 5), Tile(64, 32, 256, 4, 4), Tile(64, 128, 64, 4, 4))
+MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
+WIDE = 256 * PROGRAMS
 
 
 def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> list[Tile]:
+    """Tiles that fit in shared memory, best first."""
     x = call.args["x"]
     most_rows = most(rows(x), steps)
     weights = 2 if call.op == "linear_glu" else 1
-    tiles: tuple[Tile, ...]
     if x.dtype == torch.float32:
-        tiles = EXACT[:1] if most_rows <= 16 else EXACT
-    else:
-        tiles = FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 else MANY_ROWS
-    # two weights double the accumulator and the traffic of a tile: halve its width
-    tiles = tuple(Tile(t.m, max(t.n // weights, 16), min(t.k, max(16, power_of_two(depth))), t.warps, t.stages) for t in tiles)
-    tiles = tuple(dict.fromkeys(t for t in tiles if t.n < 2 * max(width, 16) and t.shared_bytes(x.dtype.itemsize, weights) <= SHARED_MEMORY_BYTES[target.isa]))
-    if call.op == "linear_glu" or most_rows > 64 or x.dtype == torch.float32:
-        return list(tiles)
+        return list(EXACT[:1] if most_rows <= 16 else EXACT)
+    tiles = []
+    for t in FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 else MANY_ROWS:
+        # two weights double the accumulator and the traffic of a tile: halve its width
+        t = replace(t, n=min(max(t.n // weights, 16), max(16, power_of_two(width))), k=min(t.k, max(16, power_of_two(depth))))
+        stages = min(t.stages, SHARED_MEMORY_BYTES[target.isa] // replace(t, stages=1).shared_bytes(x.dtype.itemsize, weights))
+        if stages >= 2:
+            tiles.append(replace(t, stages=stages))
+    tiles = list(dict.fromkeys(tiles))
+    if width >= WIDE:
+        return tiles[::-1]
+    if call.op == "linear_glu" or most_rows > 64:
+        return tiles
     programs = -(-most_rows // tiles[0].m) * -(-width // tiles[0].n)
     split = max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and depth >= 2 * s * tiles[0].k), default=1)
-    return [*tiles, Tile(**(vars(tiles[0]) | {"split": split}))] if split > 1 else list(tiles)
+    apart = [replace(tiles[0], split=split)] if split > 1 else []
+    return apart + tiles if programs <= PROGRAMS // 2 else tiles + apart
 
 
 def _gemv(call: Call, operands: dict[str, Operand], width: int, depth: int, constants: dict[str, object]) -> list[Candidate]:
-    glu = call.op == "linear_glu"
     found = []
-    for block_n, block_k, warps in GEMV_TILES:
-        block_n, block_k = block_n // 2 if glu else block_n, min(block_k, power_of_two(depth))
+    for rank, (block_n, block_k, warps) in enumerate(GEMV_TILES if width < WIDE else GEMV_TILES[::-1]):
+        block_n, block_k = block_n // 2 if call.op == "linear_glu" else block_n, min(block_k, power_of_two(depth))
         blocks = constants | {"BLOCK_N": block_n, "BLOCK_K": block_k}
         one = launch(call, [gemv_kernel, activate, tanh], operands, blocks, ((width, block_n),), num_warps=warps)
-        # the widest tile that still fills the GPU comes first
-        rank = abs(width / block_n - 4 * PROGRAMS) / width
-        found.append(Candidate(f"gemv_n{block_n}_k{block_k}_w{warps}", (one,), rank=rank))
+        found.append(Candidate(f"gemv_n{block_n}_k{block_k}_w{warps}", (one,), rank=rank / 10))
     return list({c.name: c for c in found}.values())
 
 
@@ -197,7 +202,7 @@ def _candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
             combine = launch(call, [sum_splits_kernel], {"partial": Operand(scratch=0)} | addends | out | num_rows,
                              absent | {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
             launches = (split, combine)
-        found.append(Candidate(f"gemm_{t}", launches, scratch, rank=i if most(count, steps) <= 16 else 1.0 + i))
+        found.append(Candidate(f"gemm_{t}", launches, scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found
 
 

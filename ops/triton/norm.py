@@ -50,7 +50,7 @@ def _candidates(call: Call, steps: Steps, residual: bool) -> list[Candidate]:
         constants |= {"residual": None, "total": None}
     return [
         Candidate(f"rows{block_m}_w{warps}", (launch(call, [rms_norm_kernel], operands, constants, ((count, block_m),), num_warps=warps),), rank=rank)
-        for rank, warps in enumerate((4, 8) if block_m * block_d <= 2048 else (8, 16))
+        for rank, warps in enumerate((8, 4) if block_m * block_d <= 2048 else (16, 8))
     ]
 
 
