@@ -81,7 +81,7 @@ def _tile(graph: Graph, last: fx.Node) -> None:
     dim, end = _slice(last)[:2]
     extent = last.meta["val"].shape[dim]
     pieces: list[tuple[int, int, fx.Node]] = []
-    node = last
+    node: Any = last
     while node.target is _aten.slice_scatter.default:
         dim_here, begin, end = _slice(node)
         if dim_here != dim or not all(isinstance(n, int) for n in (begin, end, extent)):
@@ -97,9 +97,10 @@ def _tile(graph: Graph, last: fx.Node) -> None:
     _replace(graph, last, whole)
 
 
-def _slice(node: fx.Node) -> tuple[int, Any, Any]:
+def _slice(node: Any) -> tuple[int, Any, Any]:
     """(dim, begin, end) of a slice_scatter of step 1."""
-    _, _, dim, begin, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
+    given: tuple[Any, ...] = tuple(node.args)
+    _, _, dim, begin, end, step = given + (0, None, None, 1)[len(given) - 2 :]
     rank = node.meta["val"].dim()
     return int(dim) % rank, (begin or 0) if step == 1 else None, end if end is not None else node.meta["val"].shape[dim]
 
@@ -124,7 +125,7 @@ def gather_logits_rows(graph: Graph) -> Graph:
     return graph
 
 
-def _row_source(node: fx.Node, tokens: str) -> fx.Node | None:
+def _row_source(node: Any, tokens: str) -> fx.Node | None:
     """The only operand that has rows, if row t of `node` depends on row t of it alone and on no other result."""
     if node.op != "call_function" or not isinstance(node.meta["val"], torch.Tensor) or len(node.users) != 1:
         return None

@@ -7,6 +7,7 @@ then the model runs once more under `make_fx`, with symbolic sizes, its paramete
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import transformers
@@ -80,7 +81,7 @@ def trace(config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype
         with patched([p for s in swaps for p in s.observers()]):
             context.begin({})
             step = torch.zeros(1, 7, dtype=torch.int32, device="meta")
-            run_model(model, step, step)
+            _run_shapes(model, step)
         patches = [p for s in swaps for p in s.patches()]
         graph = _trace(model, context, patches, buffers)
     graph = gather_logits_rows(unbatch(canonicalize(graph)))
@@ -99,6 +100,15 @@ def _swaps(model: transformers.PreTrainedModel, context: Context, buffers: dict[
     return [Linear(), Masks(model, context), Attention(model, context), Experts(model, context), StateSpace(model, context), Norm(model, context), rope, tables]
 
 
+def _run_shapes(model: torch.nn.Module, step: torch.Tensor) -> None:
+    try:
+        run_model(model, step, step)
+    except (RuntimeError, NotImplementedError) as e:
+        if "meta tensor" not in str(e):
+            raise
+        raise TraceError(f"{type(model).__name__}: the code asks for values of tensors ({e}); a graph has one path for all steps") from e
+
+
 def run_model(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits [1, T, V] of one packed batch [1, T], without transformers' cache."""
     logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
@@ -107,24 +117,27 @@ def run_model(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.
 
 def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     """Values of the buffers that no checkpoint has, made as `from_pretrained` makes them: by the model's `_init_weights`."""
-    values: dict[str, torch.Tensor] = {}
-    owner: dict[str, transformers.PreTrainedModel] = {}
+    meta = {
+        f"{prefix}.{name}".lstrip("."): (module, name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+    real = {full: torch.full_like(b, float("nan") if b.is_floating_point() else 0, device="cpu") for full, (_, _, b) in meta.items()}
+    for full, (module, name, _) in meta.items():
+        module._buffers[name] = real[full]
+    owners = {id(module) for module, _, _ in meta.values()}
+    nearest: dict[str, transformers.PreTrainedModel] = {}
     for prefix, module in model.named_modules():
-        parent = owner.get(prefix.rpartition(".")[0], model)
-        owner[prefix] = module if isinstance(module, transformers.PreTrainedModel) else parent
-        meta = {n: b for n, b in module._buffers.items() if n in module._non_persistent_buffers_set and b is not None}
-        if not meta:
-            continue
-        real = {n: torch.full_like(b, float("nan"), device="cpu") if b.is_floating_point() else torch.zeros_like(b, device="cpu") for n, b in meta.items()}
-        module._buffers.update(real)
-        owner[prefix]._init_weights(module)
-        module._buffers.update(meta)
-        for name, value in real.items():
-            full = f"{prefix}.{name}".lstrip(".")
-            if value.is_floating_point() and bool(value.isnan().any()):
-                raise TraceError(f"{type(module).__name__}: transformers does not say how the buffer {full} is made")
-            values[full] = value
-    return values
+        is_model = isinstance(module, transformers.PreTrainedModel)
+        nearest[prefix] = module if is_model else nearest.get(prefix.rpartition(".")[0], model)
+        if is_model or id(module) in owners:  # a model may fill the buffers of its parts
+            nearest[prefix]._init_weights(module)
+    for full, (module, name, buffer) in meta.items():
+        module._buffers[name] = buffer
+        if real[full].is_floating_point() and bool(real[full].isnan().any()):
+            raise TraceError(f"{type(module).__name__}: transformers does not say how the buffer {full} is made")
+    return real
 
 
 def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[Patch], buffers: dict[str, torch.Tensor]) -> Graph:
@@ -181,7 +194,8 @@ class _Sizes:
     """Fake tensors over named symbolic sizes."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._shapes = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         self.names: dict[str, str] = {}  # symbol → size
         self._sizes: dict[str, torch.SymInt] = {}
 
@@ -192,8 +206,8 @@ class _Sizes:
             return self._size(name.removesuffix("+1")) + 1
         if name not in self._sizes:
             example = torch.empty(_EXAMPLE.get(name, 17 + 2 * len(self._sizes)), device="meta")
-            dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            size = self.mode.from_tensor(example, symbolic_context=dynamic, source=ConstantSource(name)).shape[0]
+            dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            size: Any = self.mode.from_tensor(example, symbolic_context=dynamic, source=ConstantSource(name)).shape[0]
             self._sizes[name] = size
             self.names[str(size.node.expr)] = name
         return self._sizes[name]
@@ -205,7 +219,7 @@ class _Sizes:
 
     def check_guards(self, model: str) -> None:
         """TraceError if the model took a branch that other sizes would not take."""
-        for guard in self.mode.shape_env.guards:
+        for guard in self._shapes.guards:
             free = sorted(guard.expr.free_symbols, key=str)
             # a size of 1 broadcasts where others do not, and the tracer notes that; the references run it all the same
             for probe in (2, 3, 64, 10007, 99991):

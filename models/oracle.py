@@ -127,7 +127,10 @@ class _Session:
     def step(self, prompts: list[torch.Tensor], new: tuple[int, ...], padded: bool) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Run one step; logits [R, V] and, for each row, its (sequence, position)."""
         rows = [s for s in (1, 0) if new[s]]  # the order in a batch is not the order of arrival
-        ids, positions, starts, lengths, owners = [], [], [0], [], []
+        ids: list[torch.Tensor] = []
+        positions: list[int] = []
+        starts, lengths = [0], list[int]()
+        owners: list[tuple[int, int]] = []
         for s in rows:
             begin, end = self.cached[s], self.cached[s] + new[s]
             ids.append(prompts[s][begin:end])

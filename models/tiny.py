@@ -36,10 +36,12 @@ _NAMES_OF_SIZE: dict[int, str] = {
     "ffn_intermediate_size dense_intermediate_size",
     128: "vocab_size vocab_size_per_layer_input mamba_d_ssm",
     256: "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len max_seq_length context_length original_max_position_embeddings",
-    0: "pad_token_id attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop hidden_dropout_prob attention_probs_dropout_prob activation_dropout "
-    "dropout",
+    0: "pad_token_id",
 }  # fmt: skip
 _SIZES = {name: size for size, names in _NAMES_OF_SIZE.items() for name in names.split()}
+_DROPOUTS = frozenset(
+    "attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop hidden_dropout_prob attention_probs_dropout_prob activation_dropout dropout".split()
+)
 # A size that is None by default is switched on where that is what released models do.
 _KEEP_NONE = frozenset("n_inner sliding_window head_dim num_key_value_heads q_lora_rank attention_chunk_size attention_window kv_channels".split())
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -49,7 +51,62 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "gemma2": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
-    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8, "rope_interleave": True},
+    "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_groups": 1},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v3": {"rope_interleave": True},
+    "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "intermediate_size": 96,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "laurel_rank": 16,
+        "altup_num_inputs": 2,
+    },
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"], "num_layers": 2, "window_size": 8},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "longcat_flash": {"num_layers": 2, "n_routed_experts": 8, "zero_expert_num": 4},
+    "ministral": {"head_dim": 16, "sliding_window": 8},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "vocab_size": 128},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "block_types": ["recurrent", "recurrent", "attention"]},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "attention_head_size": 16, "attn_layers": ["local", "lsh"], "feed_forward_size": 96},
+    "xlm": {"emb_dim": 64, "n_words": 128, "causal": True},
+    "xlstm": {"num_heads": 4, "embedding_dim": 64, "num_blocks": 2},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "num_query_groups": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "xmod": {"default_language": "en_XX"},
 }
 """What a model needs beyond `_SIZES`, or sets so that each of its features shows (caps small enough to bend scores)."""
 
@@ -81,7 +138,8 @@ def architecture_of(model_type: str) -> str:
 
 def config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
     """The tiny config of `model_type`, with its architecture named."""
-    cls = CONFIG_MAPPING[model_type]
+    # a multimodal model type may name a language model with a config of its own
+    cls = getattr(transformers, architecture_of(model_type)).config_class or CONFIG_MAPPING[model_type]
     values = _shrink(cls) | OWN.get(model_type, {}) | overrides
     tiny = cls(**values)
     tiny.architectures = [architecture_of(model_type)]
@@ -96,6 +154,12 @@ def _shrink(cls: type) -> dict[str, Any]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name in _SIZES and (number or (value is None and name not in _KEEP_NONE)):
             values[name] = _SIZES[name]
+        elif name in _DROPOUTS and number:
+            values[name] = type(value)(0)
+    if "kv_lora_rank" in default:  # latent attention: every head has its own keys, and the rotated part is apart
+        values |= {n: v for n, v in {"num_key_value_heads": 4, "head_dim": 8, "qk_head_dim": 24}.items() if n in default}
+    if default.get("is_decoder") is False and "is_encoder_decoder" in default and not default["is_encoder_decoder"]:
+        values["is_decoder"] = True  # an encoder's class serves as a causal model when it is told to
     depth = _depth(default)
     for name in _DEPTH:
         if name in values:

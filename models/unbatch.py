@@ -68,7 +68,7 @@ def _leading_one(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[0], int) and value.shape[0] == 1
 
 
-def _flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _flat(graph: Graph, node: Any, flat: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The flat twin of `node`; for a node that is flat already and reads a flat twin, it is rewired in place."""
     value = node.meta["val"]
     if node.target in _RESHAPES:
@@ -79,7 +79,7 @@ def _flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node 
             replacement = graph.call(_aten.reshape.default, source, sizes(value.shape, node.args[1]))
             node.replace_all_uses_with(replacement)
         return None
-    first = node.args[0] if node.args else None
+    first: Any = node.args[0] if node.args else None
     if node.target is _aten.unsqueeze.default and node.args[1] in (0, -value.dim()):
         return first
     drops = (node.target is _aten.squeeze.dim and node.args[1] in (0, -first.meta["val"].dim())) or (
@@ -95,7 +95,7 @@ def _flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node 
     return _call_flat(graph, node, flat)
 
 
-def _call_flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _call_flat(graph: Graph, node: Any, flat: dict[fx.Node, fx.Node]) -> fx.Node | None:
     target, spec = node.target, op_of(node)
     rank = _rank(node.meta["val"])
     if not isinstance(target, torch._ops.OpOverload):
@@ -128,7 +128,10 @@ def _call_flat(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -> fx.
     new = graph.fx.call_function(target, tuple(args), dict(node.kwargs))
     new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
     new.meta["val"] = graph.fake(target, tuple(args), dict(node.kwargs))
-    return new if _same_without_batch(node.meta["val"], new.meta["val"]) else _discard(graph, new)
+    if _same_without_batch(node.meta["val"], new.meta["val"]):
+        return new
+    graph.fx.erase_node(new)
+    return None
 
 
 def _operand(graph: Graph, node: fx.Node, flat: dict[fx.Node, fx.Node], rank: int | None) -> fx.Node | None:
@@ -170,7 +173,3 @@ def _same_without_batch(old: Any, new: Any) -> bool:
     if isinstance(old, (tuple, list)):
         return len(old) == len(new) and all(_same_without_batch(o, n) for o, n in zip(old, new, strict=True))
     return [str(s) for s in old.shape[1:]] == [str(s) for s in new.shape]
-
-
-def _discard(graph: Graph, node: fx.Node) -> None:
-    graph.fx.erase_node(node)

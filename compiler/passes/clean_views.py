@@ -24,18 +24,25 @@ _DROP_IF_ALIKE = (_aten.slice.Tensor, _aten.expand.default, _aten.reshape.defaul
 
 
 def clean_views(graph: Graph, target: Target) -> Graph:
-    graph = sink_permutes(graph.copy())
+    graph = graph.copy()
+    _fold_reshapes(graph)  # first: a pair of them would hide that two permutes meet
+    sink_permutes(graph)
     for node in list(graph.fx.nodes):
-        if calls(node, *_RESHAPES):
-            _reshape(graph, node)
-        elif calls(node, *PERMUTES):
+        if calls(node, *PERMUTES):
             _permute(graph, node)
-        elif calls(node, *_DROP_IF_ALIKE) and same_shape(node, node.args[0]):
-            replace(graph, node, node.args[0])
+    _fold_reshapes(graph)
     return drop_unused(graph)
 
 
-def _reshape(graph: Graph, node: fx.Node) -> None:
+def _fold_reshapes(graph: Graph) -> None:
+    for node in list(graph.fx.nodes):
+        if calls(node, *_RESHAPES):
+            _reshape(graph, node)
+        elif calls(node, *_DROP_IF_ALIKE) and same_shape(node, node.args[0]):
+            replace(graph, node, node.args[0])
+
+
+def _reshape(graph: Graph, node: Any) -> None:
     """reshape(reshape(x)) is reshape(x); one that keeps the shape is x."""
     source = node.args[0]
     while calls(source, *_RESHAPES):
@@ -51,7 +58,7 @@ def _reshape(graph: Graph, node: fx.Node) -> None:
     replace(graph, node, new)
 
 
-def _permute(graph: Graph, node: fx.Node) -> None:
+def _permute(graph: Graph, node: Any) -> None:
     """permute(permute(x)) is permute(x); one that keeps the order is x."""
     dims, source = order_of(node), node.args[0]
     while calls(source, *PERMUTES):
@@ -63,7 +70,6 @@ def _permute(graph: Graph, node: fx.Node) -> None:
         with graph.fx.inserting_before(node):
             new = graph.call(_aten.reshape.default, source, [s if isinstance(s, int) else -1 for s in node.meta["val"].shape])
         replace(graph, node, new)
-        _reshape(graph, new)
     elif source is not node.args[0]:
         with graph.fx.inserting_before(node):
             new = graph.call(_aten.permute.default, source, dims)

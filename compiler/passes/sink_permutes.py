@@ -28,7 +28,7 @@ _Twin = tuple[fx.Node, list[int]]
 """(source, order): the value is source with its dims in this order."""
 
 
-def order_of(node: fx.Node) -> list[int]:
+def order_of(node: Any) -> list[int]:
     """Which dim of its operand each dim of a permute's result is."""
     rank = node.meta["val"].dim()
     order = list(range(rank))
@@ -61,7 +61,7 @@ def sink_permutes(graph: Graph) -> Graph:
     return graph
 
 
-def _twin(graph: Graph, node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
+def _twin(graph: Graph, node: Any, twins: dict[fx.Node, _Twin]) -> _Twin | None:
     if node.target in PERMUTES:
         dims, source = order_of(node), node.args[0]
         if source in twins:
@@ -83,7 +83,7 @@ def _twin(graph: Graph, node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | N
     return new, order
 
 
-def _arguments(node: fx.Node, order: list[int], twins: dict[fx.Node, _Twin]) -> list[Any] | None:
+def _arguments(node: Any, order: list[int], twins: dict[fx.Node, _Twin]) -> list[Any] | None:
     """The node's arguments over sources; None if the op minds, or an operand lies in another order."""
     target, rank = node.target, len(order)
     pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
@@ -104,7 +104,7 @@ def _arguments(node: fx.Node, order: list[int], twins: dict[fx.Node, _Twin]) -> 
         fits = fits and pointwise and operand not in twins and behind < rank and order[rank - behind :] == list(range(rank - behind, rank))
         return operand
 
-    args = []
+    args: list[Any] = []
     for declared, given in zip(target._schema.arguments, node.args, strict=False):
         if declared.name == "dim" and isinstance(given, int):
             args.append(order[given % rank])

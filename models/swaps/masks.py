@@ -20,6 +20,16 @@ class Mask:
     window: int = 0
     chunk: int = 0
 
+    def _computed_with(self, *args: Any) -> Any:
+        raise TraceError("the model computes with its attention mask outside transformers' attention interface; it needs an adapter")
+
+    __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = _computed_with
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._computed_with()
+
 
 def _mask_function(name: str, geometry: Callable[[Any], Mask]) -> Callable[..., Mask]:
     def create(config: Any, *args: Any, **kwargs: Any) -> Mask:

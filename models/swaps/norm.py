@@ -89,7 +89,9 @@ def _match(module: torch.nn.Module, shapes: list[tuple[int, ...]]) -> _Plain | _
         torch.nn.init.normal_(p, 0.7, 0.5, generator=generator)
     # the small scale tells apart where eps is added
     trials = [[torch.randn(shape, generator=generator) * scale for shape in shapes] for scale in (1.0, 3e-3)]
-    weight = getattr(real, "weight", None)
+    weight = real._parameters.get("weight")
+    if weight is not None and weight.shape != shapes[0][-1:]:
+        return None
     candidates: list[_Plain | _Gated] = [_Plain(eps, offset) for offset in (0.0, 1.0)]
     if len(shapes) == 2:
         groups = dict.fromkeys((0, int(getattr(module, "group_size", 0) or 0)))
@@ -104,6 +106,6 @@ def _replacement(forward: Callable[..., Any], matched: dict[tuple[Any, ...], Any
     def norm(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         operands = _operands(args, kwargs) or []
         op = matched.get((_settings(module), len(operands)))
-        return forward(module, *args, **kwargs) if op is None else op(getattr(module, "weight", None), *operands)
+        return forward(module, *args, **kwargs) if op is None else op(module._parameters.get("weight"), *operands)
 
     return norm

@@ -48,18 +48,36 @@ def _ssd_state(a: Arguments) -> tuple[str, StateSpec]:
 
 
 def _ssd(a: Arguments, state: torch.Tensor, step: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    if a.get("z") is not None:
+        raise TraceError("mamba2_chunk_scan is given z, which ssd_scan does not know")
     x, dt, b, c = (a[n].squeeze(0) for n in ("hidden_states", "dt", "B", "C"))
     low, high = (float(v) for v in a["dt_limit"])
     y, state = torch.ops.ingot.ssd_scan(x, dt, a["A"], b, c, a["D"], a["dt_bias"], state, *step, a["dt_softplus"], low, high)
     return y.unsqueeze(0), state
 
 
+def _selective_state(a: Arguments) -> tuple[str, StateSpec]:
+    channels, size = a["A"].shape
+    return "ssm_state", StateSpec("slot", "slot", torch.float32, (int(channels), int(size)))
+
+
+def _selective(a: Arguments, state: torch.Tensor, step: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    x, dt, b, c, z = (None if a[n] is None else a[n].squeeze(0).transpose(0, 1) for n in ("hidden_states", "dt", "B", "C", "z"))
+    y, state = torch.ops.ingot.selective_scan(x, dt, a["A"], b, c, a["D"], z, a["delta_bias"], state, *step, a["delta_softplus"])
+    return y.transpose(0, 1).unsqueeze(0), state
+
+
 KERNELS = {
+    "mamba_selective_scan": Kernel(_selective_state, _selective),
     "causal_conv1d_fn": Kernel(_conv_state, _conv),
     "mamba2_chunk_scan": Kernel(_ssd_state, _ssd),
 }
-_DEFAULTS: Arguments = {"bias": None, "activation": None, "D": None, "dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
-_NOT_A_STATE = ("z", "seq_idx", "cu_seqlens")  # arguments of some versions that change the result
+_DEFAULTS: Arguments = {
+    **{"bias": None, "activation": None, "D": None, "z": None},
+    **{"dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))},
+    **{"delta_bias": None, "delta_softplus": False},
+}
+_NOT_A_STATE = ("seq_idx", "cu_seqlens")  # arguments of some versions that change the result
 
 
 class StateSpace(Swap):
@@ -114,7 +132,7 @@ def _same(function: Callable[..., Any], kernel: Kernel, seen: Arguments) -> bool
         arguments["A"] = -arguments["A"].abs() - 0.1
     expected = function(**{n: arguments[n] for n in names})
     _, spec = kernel.state(arguments)
-    tokens = seen["hidden_states"].shape[1 if "A" in seen else -1]
+    tokens = seen["hidden_states"].shape[1 if seen["hidden_states"].dim() == 4 else -1]
     step = tuple(torch.tensor(v, dtype=torch.int32) for v in ([0, tokens], [tokens], [1]))
     actual, _ = kernel.apply(arguments, torch.randn(2, *spec.shape, generator=generator), step)
     return close(actual, expected)
