@@ -16,10 +16,10 @@ import torch
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
 from ..target import Target
-from .vector import DTYPES, Vectors
+from .vector import BYTES, DTYPES, Vectors
 
 BLOCK = 16
-"""Tokens of a task when sequences bring many."""
+"""Tokens of a task when sequences bring many: they share what is read of a page."""
 TASKS = 16
 """Fewer tasks than this would leave threads idle: then pages are split."""
 LARGEST_GROUP = 8
@@ -37,7 +37,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         return []
     if any(call.args[n].dtype not in DTYPES for n in options):
         return []
-    block = 1 if steps.max_num_new == 1 else BLOCK
+    block = 1 if steps.max_num_new == 1 else max(1, min(BLOCK, steps.max_tokens // 4))
     tasks = k_cache.shape[1] * -(-steps.max_tokens // block)
     splits = max(1, min(8, (2 * target.num_threads or TASKS) // tasks))
     kernel = _Attention(Vectors(target), call, steps, options, block, splits)
@@ -130,6 +130,7 @@ for task in T.parallel({self.splits * kv_heads} * blocks):
             for turn in T.serial(T.max(0, T.min(num_shared, num_pages - share * num_shared))):
                 page_number: T.let = first_page + share * num_shared + turn
                 page: T.let = T.cast(page_table[seq[0], page_number], "int64")
+{self._prefetch()}
                 for row in T.serial((stop - start) * {self.group // self.rows}):
                     t: T.let = start + row // {self.group // self.rows}
                     first_head: T.let = head * {self.group} + row % {self.group // self.rows} * {self.rows}
@@ -137,6 +138,16 @@ for task in T.parallel({self.splits * kv_heads} * blocks):
 {indent(self._page(), " " * 20)}
         token[0] = stop
 """
+
+    def _prefetch(self) -> str:
+        """Ask for the next page: pages lie apart, so the hardware's prefetcher begins anew with each."""
+        lines = ['                next_page: T.let = T.cast(page_table[seq[0], T.min(page_number + 1, table_width - 1)], "int64")']
+        for name in ("k_cache", "v_cache"):
+            page_size, size = self.call.args[name].shape[2:]
+            step = 64 // BYTES[self.dtype]
+            lines.append(f"                for line in T.serial({-(-page_size * size // step)}):")
+            lines.append(f"                    {self.vectors.prefetch(f'{name}[next_page, head, 0, line * {step}]')}")
+        return "\n".join(lines)
 
     @staticmethod
     def _first_seen(position: str, window: int, chunk: int) -> str:
