@@ -7,12 +7,13 @@ the end of K. Larger T is oneDNN's (the claimants of `ops/library.py`), over the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from textwrap import indent
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
 from ..target import Target
-from .vector import BYTES, DTYPES, Vectors
+from .vector import BYTES, DTYPES, Buffer, Vectors, numbers
 
 MAX_ROWS = 16
 GROUP = 4
@@ -44,6 +45,8 @@ def _candidates(call: Call, steps: Steps, target: Target, addends: list[str]) ->
     tensors = [x, weight, *(call.args[a] for a in addends)]
     if len(x.shape) != 2 or steps.bound(x.shape[0]) > MAX_ROWS or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
         return []
+    if math.prod(numbers(weight.shape)) >= 1 << 31:  # indices are int32
+        return []
     text = _script(Vectors(target), call, min(steps.bound(x.shape[0]), MAX_ROWS), addends)
     operands = [Operand(arg=a) for a in ("x", "weight", *addends)] + [Operand(out=0)]
     return [Candidate("stream", (Launch(Source(call.op, "tvm", call.op, text), tuple(operands)),))]
@@ -52,7 +55,7 @@ def _candidates(call: Call, steps: Steps, target: Target, addends: list[str]) ->
 def _script(v: Vectors, call: Call, max_rows: int, addends: list[str]) -> str:
     weight: Tensor = call.args["weight"]
     dtype = DTYPES[weight.dtype]
-    (n, k), act = weight.shape, call.args.get("act")
+    (n, k), act = numbers(weight.shape), call.args.get("act")
     columns = n // 2 if act else n
     tile = _Tile(v, dtype, k, columns, ("gate", "up") if act else ("sums",))
 
@@ -76,7 +79,7 @@ for task in T.parallel({-(-columns // COLUMNS)}):
         {v.store(dtype, "y[t, first]", result, count)}
 """
     shapes = {"bias": (columns,), "residual": ("rows", columns)}
-    buffers = [("x", dtype, ("rows", k)), ("weight", dtype, (n, k)), *((a, dtype, shapes[a]) for a in addends), ("y", dtype, ("rows", columns))]
+    buffers: list[Buffer] = [("x", dtype, ("rows", k)), ("weight", dtype, (n, k)), *((a, dtype, shapes[a]) for a in addends), ("y", dtype, ("rows", columns))]
     return v.script(call.op, buffers, body)
 
 

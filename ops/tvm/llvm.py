@@ -161,7 +161,8 @@ def _define_shuffles(define: Callable[[str, str, str, str], None], n: int) -> No
         %z = select <{n} x i1> %before, {f} splat (float 0xFFF0000000000000), {f} %y
         ret {f} %z""")  # fmt: skip
     # Neighbours are added, log₂ n times: lane k ends as the sum of vector k.
-    lines, vectors = [], [f"%x{k}" for k in range(n)]
+    lines: list[str] = []
+    vectors = [f"%x{k}" for k in range(n)]
     while len(vectors) > 1:
         added = []
         for a, b in zip(vectors[::2], vectors[1::2], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
 from ..target import Target
-from .vector import DTYPES, Vectors, parallel, row_index
+from .vector import DTYPES, Buffer, Vectors, numbers, parallel, row_index
 
 
 @claims("rms_norm", "tvm")
@@ -30,11 +30,12 @@ def _candidates(call: Call, steps: Steps, target: Target, outputs: tuple[str, ..
 
 def _script(v: Vectors, call: Call, steps: Steps, inputs: list[str], outputs: tuple[str, ...]) -> str:
     x: Tensor = call.args["x"]
-    dtype, d = DTYPES[x.dtype], x.shape[-1]
-    assert isinstance(d, int)
+    dtype, widths = DTYPES[x.dtype], numbers(x.shape[1:])
+    d = widths[-1]
     row, rows = row_index(x, "row")
-    shape = ("size", *x.shape[1:])
-    buffers = [(n, DTYPES[call.args[n].dtype], (d,) if n == "weight" else shape) for n in inputs] + [(n, dtype, shape) for n in outputs]
+    shape: tuple[int | str, ...] = ("size", *widths)
+    buffers: list[Buffer] = [(n, DTYPES[call.args[n].dtype], (d,) if n == "weight" else shape) for n in inputs]
+    buffers += [(n, dtype, shape) for n in outputs]
     source = "total" if "total" in outputs else "x"
 
     def square(k: str, count: str | None) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from textwrap import indent
 
 import torch
 
+from ..dims import Dim, show
 from ..kernel import Steps, Tensor
 from ..target import Target
 from . import llvm
@@ -22,6 +23,10 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 """What kernels read and write; they compute in float32."""
 
 INDEX_DTYPES = {torch.int32: "int32", torch.int64: "int64"}
+
+
+Buffer = tuple[str, str, Sequence[int | str]]
+"""A parameter of a kernel: name, dtype, shape. A name in a shape is a size that is known when the kernel runs."""
 
 
 class Vectors:
@@ -90,11 +95,8 @@ class Vectors:
         lines = [f"for k in T.serial({whole // self.lanes}):", *(f"    {line}" for line in body(f"k * {self.lanes}", None))] if whole else []
         return indent("\n".join(lines + (body(str(whole), str(rest)) if rest else [])), "    " * depth)
 
-    def script(self, name: str, buffers: Sequence[tuple[str, str, Sequence[int | str]]], body: str, scalars: Sequence[tuple[str, str]] = ()) -> str:
-        """The text of a PrimFunc `name` over buffers (name, dtype, shape), then scalars (name, dtype).
-
-        A name in a shape is a size that is known when it runs, an int32 that `body` may use.
-        """
+    def script(self, name: str, buffers: Sequence[Buffer], body: str, scalars: Sequence[tuple[str, str]] = ()) -> str:
+        """The text of a PrimFunc `name` over buffers, then scalars (name, dtype); `body` may use the names of sizes, int32."""
         sizes = dict.fromkeys(d for _, _, shape in buffers for d in shape if isinstance(d, str))
         lines = [f"{size} = T.int32()" for size in sizes]
         for buffer, dtype, shape in buffers:
@@ -127,7 +129,15 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
 
 def parallel(steps: Steps, tensor: Tensor, cost: int = 1) -> str:
     """The loop over a tensor's rows: parallel where there can be enough work to pay for waking the threads. `cost`: of an element, a copy's being 1."""
-    return "T.parallel" if steps.bound(tensor.shape[0]) * math.prod(tensor.shape[1:]) * cost >= 1 << 15 else "T.serial"  # type: ignore[arg-type]
+    return "T.parallel" if steps.bound(tensor.shape[0]) * math.prod(numbers(tensor.shape[1:])) * cost >= 1 << 15 else "T.serial"
+
+
+def numbers(dims: Iterable[Dim]) -> tuple[int, ...]:
+    """Sizes that are the same in every step. TypeError if one is not."""
+    sizes = tuple(dims)
+    if any(isinstance(d, dict) for d in sizes):
+        raise TypeError(f"{' × '.join(map(show, sizes))} depends on the step")
+    return sizes  # type: ignore[return-value]
 
 
 def row_index(tensor: Tensor, row: str) -> tuple[str, str]:

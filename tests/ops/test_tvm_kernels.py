@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,9 +143,13 @@ def candidate_of(isa: str, steps: Steps, call: Call) -> Candidate:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], SharedObject]:
     """Every example's kernel by (isa, source text); compiled together, since a compiler process takes seconds to start."""
     loaded = {}
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     for isa, target in TARGETS.items():
         sources = list(dict.fromkeys(launch.source for i, s, c in EXAMPLES if i == isa for launch in candidate_of(i, s, c).launches))
-        paths = compile_sources(sources, target, tmp_path_factory.mktemp(isa), jobs=2)
+        with open(folder / "tvm_kernels.lock", "w") as lock:  # parallel test processes share what the first compiles
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            paths = compile_sources(sources, target, folder / "tvm_kernels", jobs=2)
         for source, path in zip(sources, paths, strict=True):
             loaded[isa, source.text] = load(Kernel(path.stem, source.family, "tvm", source.symbol, path.name, ""), path)
     return loaded
