@@ -113,7 +113,11 @@ def test_wrong_arguments_are_refused_by_name(compiled: Path) -> None:
 
 @pytest.mark.parametrize(
     ("symbol", "text", "said"),
-    [("heap", HEAP, "at most 1 KB"), ("aborts", ABORTS, "killed by signal"), ("threads", THREADS.replace("T.parallel(n)", "T.parallel(m)"), "Undefined variable: m")],
+    [
+        ("heap", HEAP, "at most 1 KB"),
+        ("aborts", ABORTS, "killed by signal"),
+        ("threads", THREADS.replace("T.parallel(n)", "T.parallel(m)"), "Undefined variable: m"),
+    ],
 )
 def test_a_kernel_that_does_not_compile_is_named_with_its_source(tmp_path: Path, symbol: str, text: str, said: str) -> None:
     with pytest.raises(CodegenError, match=said) as error:
