@@ -14,7 +14,6 @@ import transformers
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ingot.ops import Graph, Recipe, Weight
 
 from .canonical import canonicalize, gather_logits_rows
+from .functional import functional
 from .swaps import Patch, Swap, patched
 from .swaps.attention import Attention
 from .swaps.context import Context, TraceError, tracing
@@ -159,10 +159,7 @@ def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[
 
     with patched(patches), sizes.mode:
         args = (*values.values(), *tensors.values())
-        module = make_fx(step, tracing_mode="real", pre_dispatch=True)(*args)
-        if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in module.graph.nodes):
-            pure = dispatch_functionalize(module.forward, FunctionalTensorMode(pre_dispatch=True, export=True))
-            module = make_fx(pure, tracing_mode="real", pre_dispatch=True)(*args)
+        module = functional(make_fx(step, tracing_mode="real", pre_dispatch=True)(*args), args)
     sizes.check_guards(type(model).__name__)
     names = [*values, *map(_identifier, tensors)]
     for node, name in zip([n for n in module.graph.nodes if n.op == "placeholder"], names, strict=True):
@@ -196,6 +193,7 @@ class _Sizes:
     def __init__(self) -> None:
         self._shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # with symbolic sizes its keys cost more than the rules it saves
         self.names: dict[str, str] = {}  # symbol → size
         self._sizes: dict[str, torch.SymInt] = {}
 
