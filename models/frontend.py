@@ -7,6 +7,7 @@ then the model runs once more under `make_fx`, with symbolic sizes, its paramete
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -222,8 +223,10 @@ class _Sizes:
             # a size of 1 broadcasts where others do not, and the tracer notes that; the references run it all the same
             for probe in (2, 3, 64, 10007, 99991):
                 if guard.expr.subs({s: probe + i for i, s in enumerate(free)}) == False:  # noqa: E712 — a sympy boolean
-                    named = ", ".join(f"{s} = {self.names.get(str(s), s)}" for s in free)
-                    raise TraceError(f"{model}: the code branches on {guard.expr} with {named}; a graph has one path for all steps")
+                    branch = str(guard.expr)
+                    for symbol, name in self.names.items():
+                        branch = re.sub(rf"\b{symbol}\b", name, branch)
+                    raise TraceError(f"{model}: the code branches on {branch}; a graph has one path for all steps")
 
 
 def _identifier(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from . import Patch, Swap, modeling_files
 from .context import Context, TraceError
@@ -76,7 +76,8 @@ class Masks(Swap):
         return self.patches()
 
     def patches(self) -> list[Patch]:
-        patches = []
+        # it only warns, and looks at the ids to do so
+        patches = [Patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *args: None)]
         for file in self.files:
             patches += [Patch(file, name, function) for name, function in FUNCTIONS.items() if name in vars(file)]
             patches += _mapping(file)
