@@ -1,0 +1,30 @@
+# make demo: compile the bundled model for this machine and watch it answer. make test: everything that CI runs.
+# Both make the environment in .venv first; it is made once and again when what it installs has changed.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+EXTRAS = dev$(if $(wildcard /dev/nvidia0),$(comma)cuda)
+comma := ,
+STAMP := .venv/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	.venv/bin/python -m ingot.serve.demo
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -n 2
+
+lint: $(STAMP)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy -p ingot
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Ingot needs Python 3.11 or newer on the path, or make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,174 @@
+"""The server's side of the engine: requests out, deltas back to whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Self, cast
+
+from ingot.runtime.request import Delta, Request, RequestError, SamplingParams
+
+from .errors import EngineLost
+from .messages import Abort, Add, Command, Failed, Loading, Ready, Rejected, Step, decode_event, frame, take_frames
+from .metrics import Metrics, Timer
+
+
+class Generation:
+    """The answers to some prompts, read as one stream. Leaving the `async with` block aborts those that have not ended."""
+
+    def __init__(self, client: EngineClient, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        self._client = client
+        self._prompts = prompts
+        self._params = params
+        self._open: dict[str, int] = {}  # the prompt's number by request id
+        self._num_open = len(prompts) * params.n
+        self._arrived: list[tuple[int, Delta]] = []
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._open = {self._client.begin(self, prompt, self._params): i for i, prompt in enumerate(self._prompts)}
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._client.abort(list(self._open))
+
+    async def arrivals(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """(choice, delta): all that came since the last time, until every choice has ended; choices of prompt i are i·n … i·n + n − 1.
+
+        Raises RequestError or EngineLost.
+        """
+        while self._num_open or self._arrived:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._error is not None:
+                raise self._error
+            arrived, self._arrived = self._arrived, []
+            self._num_open -= sum(delta.finish_reason is not None for _, delta in arrived)
+            yield arrived
+
+    def put(self, delta: Delta) -> None:
+        self._arrived.append((self._open[delta.request_id] * self._params.n + delta.index, delta))
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake.set()
+
+
+@dataclass
+class _Running:
+    """A request in the engine, until each of its continuations has ended."""
+
+    generation: Generation
+    timers: list[Timer]
+    num_open: int
+
+
+class EngineClient(asyncio.Protocol):
+    """A connection to an engine's process.
+
+    `ready` ends with the engine's `Ready` or with EngineLost; `lost` when the process has gone, for whatever reason.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        loop = asyncio.get_running_loop()
+        self.loading = Loading("starting", 0.0)
+        self.ready: asyncio.Future[Ready] = loop.create_future()
+        self.lost: asyncio.Future[EngineLost] = loop.create_future()
+        self._metrics = metrics
+        self._transport: asyncio.Transport
+        self._buffer = bytearray()
+        self._numbers = itertools.count()
+        self._running: dict[str, _Running] = {}
+        self._failure = "the engine's process ended unexpectedly; its last words are on stderr"
+
+    @classmethod
+    async def connect(cls, sock: socket.socket, metrics: Metrics) -> Self:
+        """Speak to the engine at the other end of `sock`."""
+        _, client = await asyncio.get_running_loop().create_connection(lambda: cls(metrics), sock=sock)
+        return client
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
+        """Ask for answers; the requests begin when the Generation is entered."""
+        return Generation(self, prompts, params)
+
+    def close(self) -> None:
+        """Let go of the engine, which ends its process."""
+        self._transport.close()
+
+    def begin(self, generation: Generation, prompt: list[int], params: SamplingParams) -> str:
+        """Send one request; its id. EngineLost when there is nobody to send it to."""
+        if self.lost.done():
+            raise self.lost.result()
+        request_id = str(next(self._numbers))
+        self._running[request_id] = _Running(generation, self._metrics.begin(len(prompt), params.n), params.n)
+        self._send(Add(Request(request_id, prompt, params)))
+        return request_id
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop requests and free what they hold; those that have ended are ignored."""
+        open_ids = [r for r in request_ids if r in self._running]
+        for request_id in open_ids:
+            for timer in self._running.pop(request_id).timers:
+                timer.end("abort")
+        if open_ids and not self.lost.done():
+            self._send(Abort(open_ids))
+
+    def _send(self, command: Command) -> None:
+        self._transport.write(frame(command))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods without the class
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        for body in take_frames(self._buffer):
+            match decode_event(body):
+                case Step(deltas=deltas, stats=stats):
+                    self._metrics.stats = stats
+                    for delta in deltas:
+                        self._deliver(delta)
+                case Rejected(request_id=request_id, message=message):
+                    self._end(request_id, RequestError(message))
+                case Loading() as loading:
+                    self.loading = loading
+                case Ready() as ready:
+                    self.ready.set_result(ready)
+                case Failed(message=message):
+                    self._failure = message
+
+    def _deliver(self, delta: Delta) -> None:
+        running = self._running.get(delta.request_id)
+        if running is None:  # aborted while the engine worked on it
+            return
+        timer = running.timers[delta.index]
+        timer.tokens(len(delta.token_ids))
+        if delta.finish_reason is not None:
+            timer.end(delta.finish_reason)
+            running.num_open -= 1
+            if not running.num_open:
+                del self._running[delta.request_id]
+        running.generation.put(delta)
+
+    def _end(self, request_id: str, error: Exception) -> None:
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            for timer in running.timers:
+                timer.end("error")
+            running.generation.fail(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        error = EngineLost(self._failure)
+        self.lost.set_result(error)
+        if not self.ready.done():
+            self.ready.set_exception(error)
+        for request_id in list(self._running):
+            self._end(request_id, error)

@@ -1,0 +1,35 @@
+"""ingot compile: a model in, an artifact out."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..flags import CompileFlags, takes_compile_flags
+
+
+@takes_compile_flags
+def compile_command(
+    flags: CompileFlags,
+    model: Annotated[str, typer.Argument(help="A folder with config.json, a Hugging Face id, or “bundled”.")] = "bundled",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Also copy the artifact to this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print path, key and report as JSON.")] = False,
+) -> None:
+    """Compile a model for a target, unless the store has it already."""
+    from ingot.artifacts.artifact import Artifact
+    from ingot.compiler.build import CompileOptions, compile_model
+
+    from ..progress import StageBar
+
+    start = time.perf_counter()
+    with StageBar(f"compiling {model}") as bar:
+        built = compile_model(model, CompileOptions(**flags.given), output=output, progress=bar.update)
+    report = built.report or Artifact.open(built.path).manifest.report
+    if as_json:
+        print(json.dumps({"path": str(built.path), "key": built.key, "hit": built.hit, "report": report}))
+    else:
+        print(f"{'found' if built.hit else 'compiled'} in {time.perf_counter() - start:.1f} s: {built.path}")

@@ -1,0 +1,98 @@
+"""ingot inspect: what an artifact is, what runs in it, and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.settings import settings
+from ingot.artifacts.store import Store
+
+
+def inspect_command(
+    artifact: Annotated[str, typer.Argument(help="An artifact's folder or key.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show an artifact: model, target, options, KV cache, variants, kernels and why they were chosen, sizes."""
+    description = describe(Store(settings().home).open(artifact))
+    if as_json:
+        print(json.dumps(description))
+    else:
+        _print(description)
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """Everything `inspect` shows, as JSON types; sizes are bytes."""
+    manifest = artifact.manifest
+    described = msgspec.to_builtins(manifest)
+    kernels = {k.name: k for k in manifest.kernels}
+    variants = []
+    for name in manifest.variants:
+        plan = artifact.plan(name)
+        sizes = {field: getattr(plan, field) for field in ("max_tokens", "max_seqs", "max_num_new", "max_rows", "capture", "arena_bytes")}
+        entries = [
+            {"node": e.node, "target": e.target, "backend": e.backend, "kernel": e.kernel, "reason": e.reason}
+            | ({"gate": kernels[e.kernel].gate, "family": kernels[e.kernel].family} if e.kernel in kernels else {})
+            for e in plan.entries
+        ]
+        variants.append({"name": name, **sizes, "backends": dict(Counter(e.backend for e in plan.entries)), "entries": entries})
+    return {
+        **{k: described[k] for k in ("key", "digest", "ingot_version", "model", "options", "kv_layout", "groups", "key_inputs")},
+        "path": str(artifact.root),
+        "target": {**described["target"], "name": str(manifest.target)},
+        "kv_bytes_per_token": sum(g.bytes_per_unit // g.page_size for g in manifest.groups if g.page_size),
+        "slot_bytes_per_sequence": sum(g.bytes_per_unit for g in manifest.groups if not g.page_size),
+        "variants": variants,
+        "kernels": [{**k, "file_bytes": artifact.path(k["file"]).stat().st_size} for k in described["kernels"]],
+        "weights": {
+            "tensors": len(manifest.weights),
+            "bytes": sum(w.nbytes for w in manifest.weights),
+            "seeded": sum(w.offset < 0 for w in manifest.weights),
+        },
+        "size_bytes": sum(f.stat().st_size for f in Path(artifact.root).rglob("*") if f.is_file()),
+        "report": manifest.report,
+    }
+
+
+def _print(d: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    model, report = d["model"], d["report"]
+    size = f"{model['num_parameters'] / 1e6:,.1f} M parameters"
+    facts = {
+        "model": f"{model['name']} ({model['architecture']}, {size}, {model['dtype']}, context {model['max_model_len']:,})",
+        "target": d["target"]["name"],
+        "options": ", ".join(f"{k}={v}" for k, v in d["options"].items()),
+        "KV cache": f"{d['kv_bytes_per_token']:,} bytes a token, {d['slot_bytes_per_sequence']:,} a sequence; {d['kv_layout']}",
+        "groups": "; ".join(f"{g['name']} ({g['kind']}, page of {g['page_size']} tokens, {g['bytes_per_unit']:,} bytes)" for g in d["groups"]),
+        "weights": f"{d['weights']['tensors']} tensors, {d['weights']['bytes']:,} bytes, {d['weights']['seeded']} made from a seed",
+        "nodes": _nodes(report.get("nodes", {})),
+        "size": f"{d['size_bytes']:,} bytes",
+        "key": d["key"],
+        "digest": d["digest"],
+        "path": d["path"],
+    }
+    for name, value in facts.items():
+        console.print(f"[bold]{name:9}[/] {value}")
+    for variant in d["variants"]:
+        counts = ", ".join(f"{n} {backend}" for backend, n in sorted(variant["backends"].items()))
+        title = f"{variant['name']}: T ≤ {variant['max_tokens']}, S ≤ {variant['max_seqs']}{', captured' if variant['capture'] else ''}; entries: {counts}"
+        table = Table("calls", "op", "backend", "kernel", "chosen because", "gate", title=title, title_justify="left")
+        grouped = Counter((e["target"], e["backend"], e["kernel"], e["reason"], e.get("gate", "")) for e in variant["entries"])
+        for (target, backend, kernel, reason, gate), calls in grouped.items():
+            table.add_row(str(calls), target, backend, kernel, reason, gate)
+        console.print(table)
+
+
+def _nodes(counts: Any) -> str:
+    """`trace 412 → merge_siblings 380 → …`, in the order of the passes."""
+    pairs = counts.items() if isinstance(counts, dict) else counts
+    return " → ".join(f"{name} {n}" for name, n in pairs)

@@ -1,0 +1,95 @@
+"""The engine's own process: commands in, one message of deltas a step out. Started by `launch.spawn_engine`; ends with its socket."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import socket
+import sys
+import time
+
+import psutil
+
+from ingot.ops.errors import IngotError
+from ingot.runtime.engine import Engine, EngineOptions
+from ingot.runtime.request import RequestError
+
+from .messages import Abort, Add, Command, Event, Failed, Loading, Ready, Rejected, Step, decode_command, frame, take_frames
+
+
+class ServerGone(Exception):
+    """The server closed its end."""
+
+
+class Connection:
+    """The engine's end of the socket: sends block, so that a slow server slows the engine down and nothing piles up."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = bytearray()
+
+    def send(self, event: Event) -> None:
+        try:
+            self._socket.sendall(frame(event))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ServerGone from error
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        """The commands that have arrived; with `wait`, at least a part of one is waited for."""
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        while True:
+            try:
+                data = self._socket.recv(1 << 20, flags)
+            except BlockingIOError:
+                break
+            except ConnectionResetError as error:
+                raise ServerGone from error
+            if not data:
+                raise ServerGone
+            self._buffer += data
+            flags = socket.MSG_DONTWAIT
+        return [decode_command(body) for body in take_frames(self._buffer)]
+
+
+def serve(engine: Engine, connection: Connection) -> None:
+    """Run until ServerGone: take the commands that are there, step, tell."""
+    while True:
+        for command in connection.receive(wait=not engine.has_work):
+            match command:
+                case Add(request=request):
+                    try:
+                        engine.add(request)
+                    except RequestError as error:
+                        connection.send(Rejected(request.id, str(error)))
+                case Abort(request_ids=request_ids):
+                    for request_id in request_ids:
+                        engine.abort(request_id)
+        if engine.has_work:
+            connection.send(Step(engine.step(), engine.stats()))
+
+
+def main() -> int:
+    """Load, say so, serve."""
+    # A Ctrl-C or a service manager signals the whole group; the server drains first and then closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = Connection(socket.socket(fileno=int(sys.argv[1])))
+    config = json.loads(sys.argv[2])
+    module, _, function = config["factory"].partition(":")
+    try:
+        load = getattr(importlib.import_module(module), function)
+        options = EngineOptions(**config["options"])
+        engine = load(config["artifact"], options, progress=lambda stage, fraction: connection.send(Loading(stage, fraction)))
+        connection.send(Ready(time.time() - psutil.Process().create_time(), engine.max_model_len, engine.info.vocab_size))
+        serve(engine, connection)
+    except IngotError as error:
+        connection.send(Failed(str(error)))
+        return 1
+    except ServerGone:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What /metrics tells Prometheus."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ingot.runtime.engine import EngineStats
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKENS = tuple(2**i for i in range(0, 18))
+
+
+class Metrics:
+    """One registry a server, so that two servers in a process do not mix."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        registry = {"registry": self._registry}
+        self.requests = Counter("ingot_requests", "Requests to the engine by how they ended", ["finish_reason"], **registry)
+        self.prompt_tokens = Counter("ingot_prompt_tokens", "Prompt tokens of the requests begun", **registry)
+        self.generation_tokens = Counter("ingot_generation_tokens", "Tokens generated", **registry)
+        self.prompt_length = Histogram("ingot_request_prompt_tokens", "Prompt tokens a request", buckets=_TOKENS, **registry)
+        self.generation_length = Histogram("ingot_request_generation_tokens", "Tokens generated a request", buckets=_TOKENS, **registry)
+        self.first_token = Histogram("ingot_time_to_first_token_seconds", "From a request's begin to its first token", buckets=_SECONDS, **registry)
+        self.inter_token = Histogram("ingot_inter_token_latency_seconds", "Between two tokens of a request", buckets=_SECONDS, **registry)
+        self.end_to_end = Histogram("ingot_request_latency_seconds", "From a request's begin to its end", buckets=_SECONDS, **registry)
+        self.ready_seconds = Gauge("ingot_ready_seconds", "From the server's start to ready", **registry)
+        self.sequences = Gauge("ingot_sequences", "Sequences in the engine", ["state"], **registry)
+        self.pages = Gauge("ingot_kv_pages", "Pages of the KV cache", ["group", "state"], **registry)
+        self.preemptions = Gauge("ingot_preemptions", "Sequences that had to be computed again since the start", **registry)
+        self.prefix_queries = Gauge("ingot_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache since the start", **registry)
+        self.prefix_hits = Gauge("ingot_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache since the start", **registry)
+        self.stats: EngineStats | None = None  # the engine's last
+
+    def begin(self, num_prompt_tokens: int, n: int) -> list[Timer]:
+        """A request begins; a timer for each of its continuations."""
+        self.prompt_tokens.inc(num_prompt_tokens)
+        self.prompt_length.observe(num_prompt_tokens)
+        return [Timer(self) for _ in range(n)]
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        if self.stats is not None:
+            self._show(self.stats)
+        return generate_latest(self._registry)
+
+    def _show(self, stats: EngineStats) -> None:
+        self.sequences.labels("running").set(stats.running)
+        self.sequences.labels("waiting").set(stats.waiting)
+        for group, (used, total) in stats.pages.items():
+            self.pages.labels(group, "used").set(used)
+            self.pages.labels(group, "free").set(total - used)
+        self.preemptions.set(stats.preemptions)
+        self.prefix_queries.set(stats.prefix_query_tokens)
+        self.prefix_hits.set(stats.prefix_hit_tokens)
+
+
+class Timer:
+    """Times one continuation of a request."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._begin = self._last = time.perf_counter()
+        self._count = 0
+        self._ended = False
+
+    def tokens(self, count: int) -> None:
+        """`count` tokens came together."""
+        if not count:
+            return
+        now = time.perf_counter()
+        if self._count == 0:
+            self._metrics.first_token.observe(now - self._begin)
+        else:
+            self._metrics.inter_token.observe((now - self._last) / count)
+        self._last = now
+        self._count += count
+        self._metrics.generation_tokens.inc(count)
+
+    def end(self, reason: str) -> None:
+        """It ended; a second end does not count."""
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics.requests.labels(reason).inc()
+        self._metrics.generation_length.observe(self._count)
+        self._metrics.end_to_end.observe(time.perf_counter() - self._begin)

@@ -1,0 +1,99 @@
+"""The fields that completions and chat completions share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
+
+from ingot.runtime.request import SamplingParams
+
+from .errors import ApiError
+
+Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+MAX_LOGPROBS = 20
+
+
+def one_of(kinds: str) -> WrapValidator:
+    """For a union: one error that says what may stand there, not one for each member."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("kind", "must be {kinds}", {"kinds": kinds}) from error
+
+    return WrapValidator(validate)
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class SamplingRequest(BaseModel):
+    """Fields of a request that say how to sample and how to answer.
+
+    Types are strict (a number in quotes is an error) and numbers finite; `SamplingParams` checks their ranges. A field that
+    is unknown and harmless is ignored; one that would change the answer and is not served is refused by name: `unsupported`
+    lists these with the values that ask for nothing.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "presence_penalty": (None, 0),
+        "frequency_penalty": (None, 0),
+        "repetition_penalty": (None, 1),
+        "logit_bias": (None, {}),
+        "min_tokens": (None, 0),
+        "bad_words": (None, []),
+        "allowed_token_ids": (None, []),
+        "use_beam_search": (None, False),
+        "response_format": (None, {"type": "text"}),
+        "structured_outputs": (None,),
+        "guided_json": (None,),
+        "guided_regex": (None,),
+        "guided_choice": (None,),
+        "guided_grammar": (None,),
+        "prompt_logprobs": (None, 0),
+    }
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Annotated[str | Annotated[list[str], Field(max_length=16)] | None, one_of("a string or a list of at most 16")] = None
+    stop_token_ids: list[Token] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check(self) -> None:
+        """ApiError, naming the field, if the request asks for what is not served or contradicts itself."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream to be true", param="stream_options", code="invalid_value")
+        for name, nothing in self.unsupported.items():
+            value = (self.model_extra or {}).get(name)
+            if value not in nothing:
+                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
+
+    def params(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+        """As the engine takes it; what was not given has the engine's defaults. RequestError names a number out of its range."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "seed", "n") if getattr(self, name) is not None}
+        return SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )

@@ -1,0 +1,91 @@
+"""A real engine over an executor that needs no model: the next token follows from the last one and its position alone.
+
+Imported by the server's engine process through PYTHONPATH, and by the tests to know what it must answer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ingot.artifacts.artifact import Artifact
+from ingot.ops.errors import IngotError
+from ingot.runtime.batch import Sampled, StepBatch
+from ingot.runtime.engine import Engine, EngineOptions, ExecutorInfo
+from ingot.runtime.kv_cache import GroupInfo
+from ingot.runtime.sampler import SamplingRows, sample
+from ingot.runtime.tokenizer import Tokenizer
+
+VOCAB = 263  # 256 bytes, three special tokens, four ids that no token has
+EOS = 256
+CRASH = 262  # a prompt with it kills the engine's process
+NUM_PAGES, PAGE_SIZE, MAX_MODEL_LEN = 512, 4, 300
+_TABLE = np.random.default_rng(3).normal(0, 3, VOCAB).astype(np.float32)
+_TABLE[_TABLE.argmax()] += 1  # greedy steps are not ties
+
+
+def logits(token: int, position: int) -> np.ndarray:
+    """Of the token after `token` at `position`; ids without a token are never the most probable."""
+    row = np.roll(_TABLE, 7 * token + 3 * position)
+    row[EOS:] = -9.0
+    return row
+
+
+def greedy(prompt: list[int], count: int) -> list[int]:
+    """The continuation."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(logits(tokens[-1], len(tokens) - 1).argmax()))
+    return tokens[len(prompt) :]
+
+
+def logprob(token: int, position: int, chosen: int) -> float:
+    """Natural-log probability of `chosen` after `token` at `position`."""
+    return float(torch.log_softmax(torch.from_numpy(logits(token, position)).double(), -1)[chosen])
+
+
+class RollExecutor:
+    """Steps take `seconds`, as those of a model would."""
+
+    def __init__(self, max_model_len: int, seconds: float) -> None:
+        self.info = ExecutorInfo({"full": GroupInfo("page", PAGE_SIZE, NUM_PAGES)}, 64, 256, max_model_len, VOCAB)
+        self._seconds = seconds
+
+    def step(self, batch: StepBatch) -> Sampled:
+        arrays = batch.arrays
+        if (arrays["input_ids"] == CRASH).any():
+            os._exit(3)
+        time.sleep(self._seconds)
+        rows = arrays["logits_rows"]
+        values = np.zeros((batch.num_rows, VOCAB), np.float32)
+        for row, t in enumerate(rows):
+            values[row] = logits(int(arrays["input_ids"][t]), int(arrays["positions"][t]))
+        return sample(torch.from_numpy(values), SamplingRows.from_batch(batch)).to_host()
+
+
+Progress = Callable[[str, float], None]
+
+
+def load(path: str, options: EngineOptions, progress: Progress, seconds: float = 0.0) -> Engine:
+    artifact = Artifact.open(path)
+    progress("load weights", 0.5)
+    tokenizer = Tokenizer(artifact.root / "tokenizer") if "tokenizer/tokenizer.json" in artifact.manifest.files else None
+    return Engine(RollExecutor(options.max_model_len or MAX_MODEL_LEN, seconds), tokenizer, artifact.manifest.model)
+
+
+def load_slow_steps(path: str, options: EngineOptions, progress: Progress) -> Engine:
+    return load(path, options, progress, seconds=0.02)
+
+
+def load_slowly(path: str, options: EngineOptions, progress: Progress) -> Engine:
+    progress("load weights", 0.25)
+    time.sleep(1.5)
+    return load(path, options, progress)
+
+
+def load_nothing(path: str, options: EngineOptions, progress: Progress) -> Engine:
+    raise IngotError("the model needs 3 GB more than there are; lower --max-model-len")
