@@ -62,11 +62,6 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._to_bytes = _decoder(self._file.decoder)
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer | None:
-        """The tokenizer in `folder`; None when there is none."""
-        return cls(folder) if (Path(folder) / "tokenizer.json").is_file() else None
-
     @property
     def vocab_size(self) -> int:
         """Token ids, added tokens included; a model's vocabulary may be padded beyond it."""

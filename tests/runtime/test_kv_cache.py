@@ -114,6 +114,16 @@ def test_a_prefix_ends_where_pages_of_all_groups_end():
     assert cache.match(sequence(list(range(30)))) == 12  # a holds 20 tokens, b 18
 
 
+def test_every_full_page_can_be_found_whenever_it_became_full():
+    cache = KVCache({"a": GroupInfo("page", 4, 16), "b": GroupInfo("page", 6, 16)}, 4, 64)
+    seq = sequence(list(range(30)))
+    assert cache.admit(seq)
+    assert cache.grow(seq, 30)
+    for _ in range(30):
+        cache.commit(seq, 1)
+    assert {name: len(pool.page_of) for name, pool in cache.pools.items()} == {"a": 7, "b": 5}
+
+
 def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginning():
     cache = KVCache({"full": GroupInfo("page", 4, 6)}, 4, 64)
     old, new = [1] * 8, [2] * 8

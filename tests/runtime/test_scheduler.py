@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ingot.runtime.kv_cache import GroupInfo, KVCache
 from ingot.runtime.request import Request, RequestError, SamplingParams, Sequence, Status, TokenLogprob
-from ingot.runtime.scheduler import Scheduler
+from ingot.runtime.scheduler import Scheduler, _Step
 
 TOKENS, ROWS, SEQS = 24, 6, 5
 
@@ -153,6 +153,32 @@ def test_the_latest_arrival_is_preempted_and_computed_again_with_what_it_said():
     while a.status is Status.RUNNING:
         compute(s)
     assert sizes(compute(s)) == [("r1", 9 + said)]
+
+
+def test_one_that_was_scheduled_already_can_still_be_preempted():
+    """A decoding sequence comes first in a step; then the prompt of one with priority needs its pages."""
+    s = scheduler(pages=12, tokens=3, caching=False)
+    late = make(s, 0, [1] * 16, max_tokens=32)
+    while late.num_output == 0:
+        compute(s)
+    make(s, 1, [2] * 24, priority=-1)
+    assert sizes(compute(s)) == [("r0", 1), ("r1", 2)]
+    while s.num_preemptions == 0:
+        scheduled = compute(s)
+    assert sizes(scheduled) == [("r1", 2)]
+    assert late.status is Status.WAITING
+    s.check_integrity()
+
+
+def test_what_a_sequence_gives_back_can_be_given_to_another():
+    step = _Step(20, 9)
+    request = Request("r", [0] * 12, SamplingParams(prompt_logprobs=0))
+    seq = Sequence(request, 0, (0,), 8, [0] * 12)
+    step.add(seq, 9)
+    assert (step.tokens, step.rows, step.items) == (11, 0, {seq: 9})
+    step.discard(seq)
+    step.discard(seq)
+    assert (step.tokens, step.rows, step.items) == (20, 9, {})
 
 
 def test_a_preempted_sequence_finds_its_own_pages_again():
