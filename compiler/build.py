@@ -81,17 +81,14 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
     job = _Job.prepare(model, options)
     store = Store(settings().home)
     found = store.find(job.key)
-    report: dict[str, Any] = {}
     if found is None:
         with store.building(job.key, waiting=lambda: progress("waiting for another compiler of the same model", 0.0)) as writer:
             if writer is not None:  # None: the other compiler finished it
-                report = job.build(writer, store, progress, start)
-    path = store.find(job.key)
-    assert path is not None
+                job.build(writer, store, progress, start)
+    artifact = store.open(job.key)
     if output is not None:
         store.copy_out(job.key, output)
-        path = output
-    return BuildReport(path, job.key, found is not None, report)
+    return BuildReport(output or artifact.root, job.key, found is not None, artifact.manifest.report)
 
 
 @dataclass
@@ -147,7 +144,7 @@ class _Job:
     def key(self) -> str:
         return _sha(json.dumps(self.key_inputs, sort_keys=True))
 
-    def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> dict[str, Any]:
+    def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> None:
         seconds: dict[str, float] = {}
 
         def done(stage: str) -> None:
@@ -210,7 +207,6 @@ class _Job:
             states=tuple(State(n, s.group, dtype_name(s.dtype), s.shape) for n, s in graph.states.items()),
             report=report,
         )
-        return report
 
     def _model_info(self, graph: Graph) -> ModelInfo:
         config = self.source.config
