@@ -38,7 +38,7 @@ def bind(
             return tensor if o.view is None else tensor.view(o.view)
         return evaluate(o.size, sizes) if o.size is not None else o.const
 
-    runs = []
+    runs: list[Callable[[], object]] = []
     for launch, kernel in zip(candidate.launches, kernels, strict=True):
         args = [value(o) for o in launch.operands]
         if launch.source.backend == "torch":
@@ -46,7 +46,9 @@ def bind(
         else:
             runs.append(kernel.bind(args, tuple(-(-evaluate(d, sizes) // b) for d, b in launch.grid)))
 
-    def run() -> None:
+    alive = (inputs, outputs, scratch)  # a launcher knows addresses alone
+
+    def run(alive: object = alive) -> None:
         for r in runs:
             r()
 
@@ -60,21 +62,29 @@ def _poisoned(tensor: Tensor, sizes: dict[str, int], device: torch.device) -> to
 
 def error(call: Call, inputs: dict[str, Any], outputs: list[torch.Tensor], before: dict[str, torch.Tensor]) -> float:
     """Largest relative error of outputs and states against the reference in float32; `before`: the states as they were."""
-    spec = OPS[call.op]
+    changed = states(call)
     exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v for n, v in {**inputs, **before}.items()}
-    exact = {n: v.clone() if n in spec.states else v for n, v in exact.items()}
-    expected = spec.reference(*exact.values())
+    exact = {n: v.clone() if n in changed else v for n, v in exact.items()}
+    expected = (OPS[call.op].reference if call.region is None else call.region)(*exact.values())
     expected = list(expected) if isinstance(expected, tuple) else [] if expected is None else [expected]
-    pairs = [*zip(outputs, expected, strict=True), *((inputs[n], exact[n]) for n in spec.states)]
+    pairs = [*zip(outputs, expected, strict=True), *((inputs[n], exact[n]) for n in changed)]
     return max(relative(a, b) for a, b in pairs)
 
 
+def states(call: Call) -> tuple[str, ...]:
+    """The arguments that a call changes."""
+    return OPS[call.op].states if call.region is None else ()
+
+
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖a − b‖ / ‖b‖, infinite when anything is NaN."""
+    """‖a − b‖ / ‖b‖ over the elements where b is finite; infinite when a is not finite at exactly these."""
     if not actual.dtype.is_floating_point:
         return 0.0 if torch.equal(actual.long(), expected.long()) else float("inf")
-    difference = (actual.double() - expected.double()).norm() / (expected.double().norm() + 1e-30)
-    return float(difference) if torch.isfinite(difference) else float("inf")
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(actual), finite):
+        return float("inf")
+    a, b = actual[finite].double(), expected[finite].double()
+    return float((a - b).norm() / (b.norm() + 1e-30))
 
 
 def seconds(run: Callable[[], None], device: torch.device, budget: float = 0.01) -> float:

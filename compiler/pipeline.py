@@ -13,6 +13,7 @@ from .passes.fuse_add_norm import fuse_add_norm
 from .passes.fuse_glu import fuse_glu
 from .passes.fuse_residual import fuse_residual
 from .passes.fuse_rope_kv import fuse_rope_kv
+from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
 
 Pass = Callable[[Graph, Target], Graph]
@@ -24,6 +25,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_rope_kv,  # needs the merged QKV
     fuse_residual,
     fuse_add_norm,  # takes the residual sums that no linear could
+    group_regions,  # last: what is still aten then, nothing else will compute
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx
 from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.ops import Graph, GraphError
 from ingot.ops.dims import Dim, evaluate
-from ingot.ops.graph import consumed, op_of, target_name
+from ingot.ops.graph import Region, consumed, op_of, target_name
 from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor
 
 ALIGNMENT = 256
@@ -29,7 +29,9 @@ class Choice:
 
 
 def call_of(graph: Graph, node: fx.Node) -> Call | None:
-    """A dialect op's call as kernel families see it; None for anything else."""
+    """A call of a dialect op or a region as kernel families see it; None for anything else."""
+    if isinstance(node.target, Region):
+        return region_call(graph, node.target, node.args, node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]])  # type: ignore[arg-type]
     spec = op_of(node)
     if spec is None:
         return None
@@ -40,6 +42,12 @@ def call_of(graph: Graph, node: fx.Node) -> Call | None:
     results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
     results = results[: len(results) - len(spec.states)]
     return Call(spec.name, args, tuple(_type(graph, r) for r in results))
+
+
+def region_call(graph: Graph, region: Region, inputs: Sequence[fx.Node], results: Sequence[torch.Tensor]) -> Call:
+    """A call of a region with nodes as inputs and results like these."""
+    args = {n: tensor_type(graph, i) for n, i in zip(region.arguments, inputs, strict=True)}
+    return Call(region.name, args, tuple(_type(graph, r) for r in results), region)
 
 
 def tensor_type(graph: Graph, node: fx.Node) -> Any:
@@ -167,7 +175,8 @@ class _Planner:
         assert candidate is not None
         spec = op_of(node)
         scratch = [self.fresh(f"{node.name}.scratch{i}", t.dtype, t.shape) for i, t in enumerate(candidate.scratch)]
-        given = {name: node.args[i] for i, name in enumerate(spec.arguments) if i < len(node.args)} | dict(node.kwargs)
+        arguments = node.target.arguments if isinstance(node.target, Region) else spec.arguments
+        given = {name: node.args[i] for i, name in enumerate(arguments) if i < len(node.args)} | dict(node.kwargs)
         contiguous: dict[str, str] = {}
 
         def operand(o: Operand) -> Arg:

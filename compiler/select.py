@@ -11,11 +11,12 @@ from torch import fx
 
 from ingot.artifacts.bound import Loaded
 from ingot.artifacts.plan import Kernel
-from ingot.ops import OPS, Graph
+from ingot.ops import Graph
 from ingot.ops.kernel import CLAIMS, Call, Candidate, Source, Steps
 from ingot.ops.target import Target
 
 from . import gate
+from .codegen import region
 from .plan import Choice, call_of
 from .random_inputs import random_inputs, step_sizes
 from .variants import VariantSpec
@@ -36,6 +37,8 @@ class Selection:
 
 def candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     """All claims on a call for a target, best rank first."""
+    if call.region is not None:
+        return region.candidates(call.region, call, steps, target)
     generated = "triton" if target.kind == "cuda" else "tvm"
     claims = [c for backend in (generated, "torch") for c in CLAIMS.get((call.op, backend), [])]  # type: ignore[call-overload]
     return sorted((c for claim in claims for c in claim(call, steps, target)), key=lambda c: c.rank)
@@ -78,6 +81,8 @@ def select(graph: Graph, specs: list[VariantSpec], target: Target, emit: Emit, d
 
 def _choose(call: Call, steps: Steps, found: list[Candidate], target: Target, emitted: dict[Source, tuple[Kernel, Loaded | None]],
             device: torch.device | None, selection: Selection) -> Choice:  # fmt: skip
+    if not found and call.region is not None:
+        raise gate.GateError(f"no kernel computes {call.op}, which was grouped for {target}; please report this")
     if not found:
         return Choice(None, (), f"no kernel family claims ingot.{call.op} for {target.isa.partition(':')[0]}; its reference runs")
     if device is None:
@@ -120,7 +125,7 @@ def _try(call: Call, steps: Steps, candidate: Candidate, emitted: dict[Source, t
     sizes = step_sizes(steps, 37)
     inputs = random_inputs(call, steps, sizes, device, seed=sum(map(ord, call.op)))
     sizes |= _group_sizes(call, inputs)
-    before = {n: inputs[n].clone() for n in OPS[call.op].states}
+    before = {n: inputs[n].clone() for n in gate.states(call)}
     outputs, run = gate.bind(candidate, call, inputs, sizes, kernels)
     run()
     worst = gate.error(call, inputs, outputs, before)

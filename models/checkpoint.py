@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from ingot.ops.errors import IngotError
 from ingot.ops.graph import Recipe, Weight
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ingot.ops.errors import IngotError
-from ingot.ops.graph import Recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ingot.ops.errors import IngotError
+from ingot.ops.graph import Recipe
 
 
 class RecorderError(IngotError):

@@ -112,6 +112,13 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         return fx.Interpreter(self.module).run(*args)
 
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def arguments(self) -> list[str]:
+        return [n.name for n in self.module.graph.nodes if n.op == "placeholder"]
+
 
 @dataclass
 class Graph:
@@ -245,16 +252,21 @@ class Graph:
         return "\n".join(self.lines())
 
     def lines(self) -> Iterator[str]:
-        """One line a node: `name: dtype[shape] = op(args)`."""
+        """One line a node: `name: dtype[shape] = op(args)`; a region's own follow it, indented."""
         for node in self.fx.nodes:
             if node.op == "placeholder":
                 kind = "input" if node.name in self.inputs else "state" if node.name in self.states else "weight"
                 yield f"{kind} {node.name}: {self._type(node.meta['val'])}"
             elif node.op == "call_function":
-                args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
-                yield f"{node.name}: {self._type(node.meta['val'])} = {target_name(node.target)}({args})"
+                yield self._call(node)
+                if isinstance(node.target, Region):
+                    yield from (f"    {self._call(inner)}" for inner in node.target.module.graph.nodes if inner.op == "call_function")
             else:
                 yield f"return {', '.join(_show(a) for a in node.args[0])}"
+
+    def _call(self, node: fx.Node) -> str:
+        args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
+        return f"{node.name}: {self._type(node.meta['val'])} = {target_name(node.target)}({args})"
 
     def _type(self, value: Any) -> str:
         if isinstance(value, (tuple, list)):

@@ -32,11 +32,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a dialect op: argument values by the schema's names (`Tensor`, None, or a constant), and results' types."""
+    """One call of a dialect op, or of a region: argument values by name (`Tensor`, None, or a constant), and results' types."""
 
     op: str
     args: dict[str, Any]
     results: tuple[Tensor, ...]  # states excluded
+    region: Any = None  # `graph.Region`, then `op` is its name
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ EXPECTED = {
     "fuse_residual": {"linear_add": 1},
     "fuse_add_norm": {"add_rms_norm": 1},
     "fuse_rope_kv": {"qkv_rope_kv_write": 1},
+    "group_regions": {"linear": 1},
     "clean_views": {},
 }
 
