@@ -138,7 +138,7 @@ def _draw(scores: torch.Tensor, ids: torch.Tensor, rows: SamplingRows) -> torch.
 def _gumbel(seed: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise, a pure function of seed [R], step [R] and token ids ([V] or [R, K])."""
     stream = _mix(_mix(seed + _GOLDEN) + step.long() * _GOLDEN)
-    bits = _mix(stream[:, None] + (ids + 1) * _GOLDEN)
+    bits = _mix(stream[:, None] + ids * _GOLDEN)
     # Small values of −log(1 − u) decide a draw: u near 0 keeps its full relative precision as a float.
     uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).float() + 0.5) * 2.0**-53
     return -(-torch.log1p(-uniform)).log()

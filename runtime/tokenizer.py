@@ -58,7 +58,6 @@ class Tokenizer:
         template = folder / "chat_template.jinja"
         self._template = template.read_text() if template.is_file() else self.config.get("chat_template")
         self._special = frozenset(t.id for t in self._file.added_tokens if t.special)
-        self._added = frozenset(t.id for t in self._file.added_tokens)
         self._bytes: dict[int, bytes] = {}
         self._to_bytes = _decoder(self._file.decoder)
 
@@ -82,7 +81,7 @@ class Tokenizer:
         known = self._bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
-            known = b"" if token is None else token.encode() if token_id in self._added else self._to_bytes(token)
+            known = b"" if token is None else self._to_bytes(token)
             self._bytes[token_id] = known
         return known
 

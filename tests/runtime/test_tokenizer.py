@@ -87,6 +87,17 @@ def test_special_tokens_are_added_and_not_shown(tmp_path):
     assert tokenizer.token_bytes(100_000) == b""  # a vocabulary padded beyond the tokenizer's
 
 
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback", "metaspace"])
+def test_added_tokens_are_decoded_as_the_others(tmp_path, kind):
+    """Gemma's runs of spaces are added tokens."""
+    backend = KINDS[kind]()
+    backend.add_tokens(["▁▁", "Ġq", "<0x41>", "naïve é"])
+    tokenizer = save(tmp_path, backend)
+    for token in ("▁▁", "Ġq", "<0x41>", "naïve é"):
+        ids = [tokenizer.encode("a")[-1], backend.token_to_id(token)]
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
+
+
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):
     backend = byte_level()
     backend.enable_truncation(3)
