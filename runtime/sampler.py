@@ -18,6 +18,9 @@ _CHUNK = 1 << 22  # logits worked on at once, which bounds the temporaries
 WORKSPACE_BYTES = 8 * 8 * _CHUNK
 """Memory that `sample` needs at most beside the logits, unless one row alone has more than `_CHUNK` of them."""
 
+_FEW = 512
+"""Candidates that a CPU tries for top-p before it sorts a vocabulary."""
+
 
 @dataclass(frozen=True)
 class SamplingRows:
@@ -108,14 +111,30 @@ def _sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
 
 
 def _draw_truncated(scores: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """A draw from what top-k and top-p leave of `scores` [R, V]."""
-    count = scores.shape[1] if rows.num_candidates < 0 else min(rows.num_candidates, scores.shape[1])
-    ids = _largest(scores, count)
+    """A draw from what top-k and top-p leave of `scores` [R, V], of which the best is 0."""
+    vocab = scores.shape[1]
+    weight = scores.exp().sum(-1, keepdim=True)
+    if rows.num_candidates > 0:
+        return _draw_candidates(scores, weight, _largest(scores, min(rows.num_candidates, vocab)), rows)
+    if scores.is_cpu and vocab > _FEW:
+        # A nucleus is small as a rule, and to look whether it is costs nothing here. On a GPU it would mean to wait.
+        ids = _largest(scores, _FEW)
+        mass = scores.gather(1, ids).exp().cumsum(-1)[:, -1] / weight[:, 0]
+        bounded = (rows.top_k > 0) & (rows.top_k <= _FEW)
+        if bool((bounded | (mass >= rows.top_p) | (rows.temperature == 0)).all()):
+            return _draw_candidates(scores, weight, ids, rows)
+    return _draw_candidates(scores, weight, _largest(scores, vocab), rows)
+
+
+def _draw_candidates(scores: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """The draw, when nothing outside the first columns `ids` [R, K] is kept; `weight` [R, 1] is the sum of exp(scores)."""
     scores = scores.gather(1, ids)
-    rank = torch.arange(count, device=scores.device)
-    scores = scores.masked_fill((rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0), float("-inf"))
-    probabilities = scores.softmax(-1)
-    mass_before = probabilities.cumsum(-1) - probabilities
+    rank = torch.arange(ids.shape[1], device=ids.device)
+    limited = rows.top_k[:, None] > 0
+    scores = scores.masked_fill(limited & (rank >= rows.top_k[:, None]), float("-inf"))
+    mass = scores.exp().cumsum(-1)
+    weight = torch.where(limited, mass[:, -1:], weight)
+    mass_before = torch.nn.functional.pad(mass[:, :-1], (1, 0)) / weight
     scores = scores.masked_fill((mass_before >= rows.top_p[:, None]) & (rank > 0), float("-inf"))
     return ids.gather(1, _draw(scores, ids, rows)[:, None])[:, 0]
 

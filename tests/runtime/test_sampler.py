@@ -121,6 +121,23 @@ def test_large_steps_are_worked_on_in_parts(monkeypatch):
         torch.testing.assert_close(part, full)
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0], ids=["wide", "narrow"])
+def test_a_few_candidates_are_enough_or_not(monkeypatch, scale):
+    """top-p over a vocabulary much larger than `_FEW`: the same as after sorting all of it, and within the reference's nucleus."""
+    vocab = 3 * sampler._FEW
+    logits = random_logits(1, vocab, seed=9, ties=True) * scale
+    params = SamplingParams(top_p=0.9)
+    rows = rows_of([params] * 4000, list(range(4000)), [0] * 4000)
+    tokens = sample(logits.expand(4000, -1), rows).token_ids
+    nucleus = kept(logits[0], params)
+    assert ((nucleus > 0).sum() > sampler._FEW) == (scale < 1)
+    assert set(tokens.tolist()) <= set(np.flatnonzero(nucleus).tolist())
+    statistic, bound = chi_square(tokens, nucleus)
+    assert statistic < bound
+    monkeypatch.setattr(sampler, "_FEW", vocab)
+    assert torch.equal(sample(logits.expand(4000, -1), rows).token_ids, tokens)
+
+
 @pytest.mark.gpu
 def test_the_device_is_not_waited_for():
     logits = random_logits(12, 301, seed=4).cuda()
