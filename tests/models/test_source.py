@@ -1,13 +1,15 @@
 """Every way to name a model, and every mistake in doing so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from ingot.models.source import SourceError, resolve
 from transformers import LlamaConfig
+
+from ingot.models.source import SourceError, resolve
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
 
@@ -118,3 +120,11 @@ def test_hub_id_without_a_network_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(SourceError, match="hf download org/absent"):
         resolve("org/absent")
+
+
+def test_the_bundled_model_is_the_default() -> None:
+    source = resolve(None)
+    assert source == replace(resolve("bundled"), config=source.config)
+    assert source.name == "bundled"
+    assert "tokenizer.json" in {f.name for f in source.tokenizer_files}
+    assert len(source.eos_token_ids) == 2
