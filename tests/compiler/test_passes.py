@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ingot.compiler.pipeline import PIPELINE, count
 from ingot.ops import Graph
 from ingot.ops.graph import op_of
