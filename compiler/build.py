@@ -25,7 +25,7 @@ from ingot.artifacts.store import Store
 from ingot.models import oracle, source
 from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import trace
-from ingot.ops import Graph
+from ingot.ops import OPS, Graph
 from ingot.ops.errors import IngotError
 from ingot.ops.target import Target, gpu, host, resolve
 
@@ -165,7 +165,7 @@ class _Job:
             device = _device(self.target)
             selection = select(graph, specs, self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)))
             done("kernels")
-            plans = [_plan(graph, spec, selection) for spec in specs]
+            plans = [v for v in (_plan(graph, spec, selection) for spec in specs) if not v.capture or _capturable(v)]
             for variant in plans:
                 writer.add_plan(variant)
             used = {e.kernel for v in plans for e in v.entries if e.backend != "torch"}
@@ -226,6 +226,13 @@ class _Job:
 
 def _plan(graph: Graph, spec: VariantSpec, selection: Selection) -> Variant:
     return plan(graph, spec.steps, spec.name, selection.choose(spec.steps), capture=spec.capture)
+
+
+def _capturable(variant: Variant) -> bool:
+    """Whether a CUDA graph can hold the plan: a reference that reads sizes on the host cannot be replayed. Without its decode
+    variants a model decodes through the others, launched one by one, and `ingot inspect` shows none named decode."""
+    dialect = (e.target.removeprefix("ingot.") for e in variant.entries if e.backend == "torch" and not e.kernel and e.target.startswith("ingot."))
+    return not any(OPS[name].host_sync for name in dialect)
 
 
 def _device(target: Target) -> torch.device | None:

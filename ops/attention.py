@@ -17,7 +17,7 @@ from .rotary import rope
 
 
 @op("kv_write(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) -> (Tensor, Tensor)",
-    fake=lambda k, v, k_cache, v_cache, slot_mapping: None, states=("k_cache", "v_cache"))  # fmt: skip
+    fake=lambda k, v, k_cache, v_cache, slot_mapping: None, states=("k_cache", "v_cache"), host_sync=True)  # fmt: skip
 def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Store k [T, K, E] and v [T, K, F] at their slots."""
     page_size = k_cache.shape[2]
@@ -29,7 +29,7 @@ def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: t
 
 @op("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor page_table, Tensor? sinks, "
     "Tensor? alibi_slopes, float scale, int window=0, int chunk=0, float softcap=0.0) -> Tensor",
-    fake=lambda q, k_cache, v_cache, *rest: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]))  # fmt: skip
+    fake=lambda q, k_cache, v_cache, *rest: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]), host_sync=True)  # fmt: skip
 def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
                     page_table: torch.Tensor, sinks: torch.Tensor | None, alibi_slopes: torch.Tensor | None, scale: float,
                     window: int = 0, chunk: int = 0, softcap: float = 0.0) -> torch.Tensor:  # fmt: skip
@@ -72,7 +72,7 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
 @op("qkv_rope_kv_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "
     "int num_heads, int num_kv_heads, str style, float eps=0.0, float offset=0.0) -> (Tensor, Tensor, Tensor)",
     fake=lambda qkv, cos, sin, qw, kw, k_cache, v_cache, slots, num_heads, *rest: qkv.new_empty(qkv.shape[0], num_heads, k_cache.shape[3]),
-    states=("k_cache", "v_cache"))  # fmt: skip
+    states=("k_cache", "v_cache"), host_sync=True)  # fmt: skip
 def qkv_rope_kv_write(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                       k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, num_heads: int, num_kv_heads: int,
                       style: str, eps: float = 0.0, offset: float = 0.0) -> torch.Tensor:  # fmt: skip

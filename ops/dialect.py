@@ -28,6 +28,7 @@ class Op:
     reference: Callable[..., Any]
     states: tuple[str, ...]
     rowwise: bool
+    host_sync: bool
 
     @property
     def overload(self) -> Any:
@@ -38,18 +39,19 @@ class Op:
         return [a.name for a in self.overload._schema.arguments]
 
 
-def op(schema: str, *, fake: Callable[..., Any], states: tuple[str, ...] = (), rowwise: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def op(schema: str, *, fake: Callable[..., Any], states: tuple[str, ...] = (), rowwise: bool = False, host_sync: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define `ingot::<schema>`; the decorated function is its reference.
 
     `schema` has no alias annotations: ``"rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor"``. `fake` computes the
     outputs' shapes and dtypes from fake inputs (state outputs excluded: they look like the state that came in).
-    `rowwise` says that row t of every output depends on row t of the first argument alone.
+    `rowwise` says that row t of every output depends on row t of the first argument alone; `host_sync`, that the reference
+    reads tensors on the host, so that it cannot be part of a CUDA graph.
     """
     name = schema.split("(", 1)[0]
 
     def register(reference: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        spec = Op(name, schema, reference, states, rowwise)
+        spec = Op(name, schema, reference, states, rowwise, host_sync)
         OPS[name] = spec
         arguments = spec.arguments
         indices = [arguments.index(s) for s in states]

@@ -9,7 +9,7 @@ from .glu import ACTIVATIONS
 
 
 @op("grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor expert_ids, bool transposed) -> Tensor",
-    fake=lambda x, weight, bias, expert_ids, transposed: x.new_empty(x.shape[0], weight.shape[2 if transposed else 1]))  # fmt: skip
+    fake=lambda x, weight, bias, expert_ids, transposed: x.new_empty(x.shape[0], weight.shape[2 if transposed else 1]), host_sync=True)  # fmt: skip
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert_ids: torch.Tensor, transposed: bool) -> torch.Tensor:
     """Row n of x [N, K] times the matrix of its expert expert_ids[n]: weight [X, O, K] ([X, K, O] if transposed), bias [X, O] → [N, O]."""
     out = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
@@ -23,7 +23,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 @op("moe(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str act, bool gated, "
-    "bool transposed, bool interleaved) -> Tensor", fake=lambda x, *rest: torch.empty_like(x), rowwise=True)  # fmt: skip
+    "bool transposed, bool interleaved) -> Tensor", fake=lambda x, *rest: torch.empty_like(x), rowwise=True, host_sync=True)  # fmt: skip
 def moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None,
         w_out: torch.Tensor, b_out: torch.Tensor | None, act: str, gated: bool, transposed: bool, interleaved: bool) -> torch.Tensor:  # fmt: skip
     """Σ_a expert_weights[t, a] · expert_{expert_ids[t, a]}(x[t]) → [T, D] for x [T, D], ids and weights [T, A].

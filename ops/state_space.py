@@ -25,7 +25,7 @@ def _segments(cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, state_slots: t
 
 
 @op("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor conv_state, Tensor cu_seqlens_q, Tensor seq_lens, Tensor state_slots, str act) "
-    "-> (Tensor, Tensor)", fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format), states=("conv_state",))  # fmt: skip
+    "-> (Tensor, Tensor)", fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format), states=("conv_state",), host_sync=True)  # fmt: skip
 def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv_state: torch.Tensor, cu_seqlens_q: torch.Tensor,
                   seq_lens: torch.Tensor, state_slots: torch.Tensor, act: str) -> torch.Tensor:  # fmt: skip
     """Depthwise causal convolution of x [T, C] with weight [C, W], then `act` ("" or "silu") → [T, C]; conv_state [slots, C, W−1]."""
@@ -41,7 +41,7 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 @op("ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor ssm_state, Tensor cu_seqlens_q, Tensor seq_lens, "
     "Tensor state_slots, bool softplus, float dt_min, float dt_max) -> (Tensor, Tensor)",
-    fake=lambda x, *rest: torch.empty(x.shape, dtype=torch.float32, device=x.device), states=("ssm_state",))  # fmt: skip
+    fake=lambda x, *rest: torch.empty(x.shape, dtype=torch.float32, device=x.device), states=("ssm_state",), host_sync=True)  # fmt: skip
 def ssd_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
              dt_bias: torch.Tensor | None, ssm_state: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
              state_slots: torch.Tensor, softplus: bool, dt_min: float, dt_max: float) -> torch.Tensor:  # fmt: skip
@@ -67,7 +67,7 @@ def ssd_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor
 
 @op("selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor ssm_state, Tensor cu_seqlens_q, "
     "Tensor seq_lens, Tensor state_slots, bool softplus) -> (Tensor, Tensor)",
-    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format), states=("ssm_state",))  # fmt: skip
+    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format), states=("ssm_state",), host_sync=True)  # fmt: skip
 def selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
                    z: torch.Tensor | None, dt_bias: torch.Tensor | None, ssm_state: torch.Tensor, cu_seqlens_q: torch.Tensor,
                    seq_lens: torch.Tensor, state_slots: torch.Tensor, softplus: bool) -> torch.Tensor:  # fmt: skip
