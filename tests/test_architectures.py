@@ -1,0 +1,54 @@
+"""The whole path for the shapes that the bundled model does not have: experts, latent attention, windows, sinks, recurrent states."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ingot.compiler.build import CompileOptions, compile_model
+from ingot.models import tiny
+from ingot.models.oracle import randomize
+from ingot.runtime.llm import LLM
+from ingot.runtime.request import SamplingParams
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INGOT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gemma2", "gpt_oss", "mamba2"])
+def test_compiled_greedy_equals_transformers(model_type: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.config(model_type), dtype=torch.float32, attn_implementation="eager").eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    built = compile_model(str(tmp_path), CompileOptions(target="cpu", dtype="float32", max_num_seqs=4, max_num_batched_tokens=16))
+    llm = LLM(built.path)
+    prompts = [torch.randint(3, 90, (n,)).tolist() for n in (1, 9, 30)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert list(output.outputs[0].token_ids) == ids[len(prompt) :]
+
+
+def test_cross_compilation_defers_the_gate(tmp_path: Path) -> None:
+    """For a GPU that is not here: kernels come out, none was run, and the artifact says so and is refused here by both names."""
+    from ingot.artifacts.artifact import Artifact
+    from ingot.ops.target import TargetError
+
+    tiny.config("llama").save_pretrained(tmp_path)
+    options = CompileOptions(target="sm_90", dtype="bfloat16", max_num_seqs=1, max_num_batched_tokens=32, dummy_weights=True)
+    built = compile_model(str(tmp_path), options)
+    manifest = Artifact.open(built.path).manifest
+    assert {k.backend for k in manifest.kernels} == {"triton"}
+    if not torch.cuda.is_available():
+        assert {k.gate for k in manifest.kernels} == {"deferred"}
+        with pytest.raises(TargetError, match=r"sm_90.*x86-64.*ingot compile"):
+            LLM(built.path)
