@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_decode.py --config DIR [--threads 2] [--dtype bfloat16] [--tokens 32]
 
-Random weights on both sides; prompts of 128 random tokens. A step is (time for 8 + n tokens − time for 8) / n with Ingot, the median
-compiled forward of one token over a static cache with transformers. Sides alternate, so that drift of the machine hits both.
+Random weights on both sides; prompts of 128 random tokens. A step is one token after the prompt: the median of engine steps
+with Ingot, of compiled forwards over a static cache with transformers. Sides alternate, so that drift of the machine hits both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.runtime.llm import LLM
-from ingot.runtime.request import SamplingParams
+from ingot.runtime.request import Request, SamplingParams
 
 PROMPT = 128
 
@@ -59,15 +59,16 @@ class Transformers:
         return time.perf_counter() - start
 
 
-def ingot_step(llm: LLM, tokens: int, vocab: int) -> float:
-    """Seconds of a decode step."""
+def ingot_steps(llm: LLM, tokens: int, vocab: int) -> list[float]:
+    """Seconds of each decode step of one request, scheduling and sampling included."""
     prompt = torch.randint(0, vocab, (PROMPT,)).tolist()
-    times = {}
-    for n in (8, 8 + tokens):
+    llm.engine.add(Request("bench", prompt, SamplingParams(temperature=0.0, max_tokens=tokens + 1, ignore_eos=True)))
+    times = []
+    while llm.engine.has_work:
         start = time.perf_counter()
-        llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True))
-        times[n] = time.perf_counter() - start
-    return (times[8 + tokens] - times[8]) / tokens
+        llm.engine.step()
+        times.append(time.perf_counter() - start)
+    return times[-tokens:]
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def main() -> None:
     ours: list[float] = []
     theirs: list[float] = []
     for _ in range(args.rounds):
-        ours.append(ingot_step(llm, args.tokens, manifest.model.vocab_size))
+        ours += ingot_steps(llm, args.tokens, manifest.model.vocab_size)
         theirs += [other.step() for _ in range(args.tokens)]
     step, compiled = statistics.median(ours), statistics.median(theirs)
     nbytes = manifest.model.num_parameters * getattr(torch, args.dtype).itemsize
