@@ -187,7 +187,7 @@ class _Job:
             writer.add_file(f"tokenizer/{file.name}", file.read_bytes())
         writer.add_file("config.json", self.source.config.to_json_string().encode())
         report = {
-            "nodes": counts,
+            "nodes": list(counts.items()),  # pairs: a dictionary of the manifest is sorted, and the order of passes says something
             "calls": count(graph),
             "kernels": {b: sum(k.backend == b for k in kernels) for b in ("triton", "tvm")},
             "entries": {v.name: {b: sum(e.backend == b for e in v.entries) for b in ("triton", "tvm", "torch")} for v in plans},
