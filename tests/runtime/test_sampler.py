@@ -139,6 +139,7 @@ def test_a_few_candidates_are_enough_or_not(monkeypatch, scale):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_device_is_not_waited_for():
     logits = random_logits(12, 301, seed=4).cuda()
     rows = rows_of([SamplingParams(**f, logprobs=2) for f in FILTERS], list(range(12)), [0] * 12, [-1] * 11 + [4], device="cuda")
