@@ -41,9 +41,7 @@ def final_recipe(name: str, weight: Weight, checkpoint: Checkpoint | None) -> Re
 
 def described(graph: Graph, checkpoint: Checkpoint | None) -> dict[str, tuple[str, tuple[int, ...], object]]:
     """Name → (dtype, shape, recipe as JSON): equal descriptions of one checkpoint are equal weights."""
-    return {
-        n: (str(w.dtype).removeprefix("torch."), tuple(w.shape), recipe_to_json(final_recipe(n, w, checkpoint))) for n, w in graph.weights.items()
-    }
+    return {n: (str(w.dtype).removeprefix("torch."), tuple(w.shape), recipe_to_json(final_recipe(n, w, checkpoint))) for n, w in graph.weights.items()}
 
 
 def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, progress: Callable[[float], None]) -> float:

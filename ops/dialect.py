@@ -39,7 +39,9 @@ class Op:
         return [a.name for a in self.overload._schema.arguments]
 
 
-def op(schema: str, *, fake: Callable[..., Any], states: tuple[str, ...] = (), rowwise: bool = False, host_sync: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def op(
+    schema: str, *, fake: Callable[..., Any], states: tuple[str, ...] = (), rowwise: bool = False, host_sync: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define `ingot::<schema>`; the decorated function is its reference.
 
     `schema` has no alias annotations: ``"rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor"``. `fake` computes the

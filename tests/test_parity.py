@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.models.source import BUNDLED
 from ingot.runtime.llm import LLM
 from ingot.runtime.request import SamplingParams
-from transformers import AutoModelForCausalLM
 
 NUM_PROMPTS, NEW_TOKENS = 50, 16
 

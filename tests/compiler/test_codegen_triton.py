@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from ingot.compiler.codegen.triton import TritonCompileError, compile_source, compile_sources, kernel_name
 from ingot.ops.kernel import Source
 from ingot.ops.target import GPU_ARCHES, Target

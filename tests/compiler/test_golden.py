@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
+
 from ingot.compiler.pipeline import lower
 from ingot.models.frontend import trace
 from ingot.ops.target import Target
-from transformers import AutoConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SMALL = dict(hidden_size=64, num_hidden_layers=1, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=128,
