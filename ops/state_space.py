@@ -25,7 +25,8 @@ def _segments(cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, state_slots: t
 
 
 @op("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor conv_state, Tensor cu_seqlens_q, Tensor seq_lens, Tensor state_slots, str act) "
-    "-> (Tensor, Tensor)", fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format), states=("conv_state",), host_sync=True)  # fmt: skip
+    "-> (Tensor, Tensor)", states=("conv_state",), host_sync=True,
+    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format))  # fmt: skip
 def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv_state: torch.Tensor, cu_seqlens_q: torch.Tensor,
                   seq_lens: torch.Tensor, state_slots: torch.Tensor, act: str) -> torch.Tensor:  # fmt: skip
     """Depthwise causal convolution of x [T, C] with weight [C, W], then `act` ("" or "silu") → [T, C]; conv_state [slots, C, W−1]."""
