@@ -194,6 +194,7 @@ class _Job:
             "kernels_compiled": emitted.compiled,
             "gate": {k.name: k.gate for k in kernels},
             "rejected": selection.rejected,
+            "measured_us": selection.measured,
             "weights_gb_per_s": round(speed, 3),
             "seconds": seconds | {"total": round(time.perf_counter() - start, 3)},
         }
