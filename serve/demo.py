@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-PROMPT = 'def read_config(path):\n    """Read the configuration'
+PROMPT = "import os\nimport sys\n\n\ndef main():\n"
 MAX_TOKENS = 160
 INGOT = [sys.executable, "-m", "ingot.serve.cli"]
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 def _summary(built: dict[str, Any]) -> str:
     report = built["report"]
-    nodes = list(report["nodes"].values())
+    nodes = [count for _, count in report["nodes"]]
     kernels = ", ".join(f"{n} {backend}" for backend, n in report["kernels"].items() if n)
     how = "found in the store; it was compiled" if built["hit"] else "compiled"
     return f"{how} in {report['seconds']['total']:.1f} s: {nodes[0]} nodes traced, {nodes[-1]} after fusion; kernels: {kernels}\n{built['path']}"
@@ -61,7 +61,7 @@ def _stream(url: str) -> None:
     start = time.perf_counter()
     first, tokens = 0.0, 0
     options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    for chunk in client.completions.create(model=model, prompt=PROMPT, max_tokens=MAX_TOKENS, temperature=0.0, **options):
+    for chunk in client.completions.create(model=model, prompt=PROMPT, max_tokens=MAX_TOKENS, temperature=0.5, seed=0, **options):
         for choice in chunk.choices:
             first = first or time.perf_counter()
             print(choice.text, end="", flush=True)

@@ -7,15 +7,13 @@ import json
 import signal
 import socket
 import sys
-import time
-
-import psutil
 
 from ingot.ops.errors import IngotError
 from ingot.runtime.engine import Engine, EngineOptions
 from ingot.runtime.request import RequestError
 
 from .messages import Abort, Add, Command, Event, Failed, Loading, Ready, Rejected, Step, decode_command, frame, take_frames
+from .process import age
 
 
 class ServerGone(Exception):
@@ -81,7 +79,7 @@ def main() -> int:
         load = getattr(importlib.import_module(module), function)
         options = EngineOptions(**config["options"])
         engine = load(config["artifact"], options, progress=lambda stage, fraction: connection.send(Loading(stage, fraction)))
-        connection.send(Ready(time.time() - psutil.Process().create_time(), engine.max_model_len, engine.info.vocab_size))
+        connection.send(Ready(age(), engine.max_model_len, engine.info.vocab_size))
         serve(engine, connection)
     except IngotError as error:
         connection.send(Failed(str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -17,7 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        registry = {"registry": self._registry}
+        registry: dict[str, Any] = {"registry": self._registry}
         self.requests = Counter("ingot_requests", "Requests to the engine by how they ended", ["finish_reason"], **registry)
         self.prompt_tokens = Counter("ingot_prompt_tokens", "Prompt tokens of the requests begun", **registry)
         self.generation_tokens = Counter("ingot_generation_tokens", "Tokens generated", **registry)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
-import psutil
 import uvicorn
 import uvloop
 
@@ -17,6 +15,7 @@ from .api.app import build_app
 from .client import EngineClient
 from .launch import CLOSE_SECONDS, ServerConfig
 from .metrics import Metrics
+from .process import age
 from .progress import StageBar
 from .service import Service
 
@@ -39,7 +38,7 @@ async def _serve(config: ServerConfig, listener: socket.socket, sock: socket.soc
     try:
         await _load(client, service, serving)
         if client.ready.done():
-            seconds = time.time() - psutil.Process().create_time()
+            seconds = age()
             metrics.ready_seconds.set(seconds)
             print(f"ready: {_url(listener)} serves {service.model.name} after {seconds:.1f} s", flush=True)
         await asyncio.wait((client.lost, serving), return_when=asyncio.FIRST_COMPLETED)

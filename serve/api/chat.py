@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -56,7 +57,7 @@ class _Job:
         max_tokens = service.fit(self._prompts, wanted, explicit=True)
         self._params = body.params(max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         self._tally = Tally(self._prompts, self._params.n)
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model.name}
+        self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model.name}
 
     async def whole(self) -> ChatCompletion:
         """All pieces put together."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ingot.runtime.request import Delta, SamplingParams
+from ingot.runtime.request import Delta, SamplingParams, TokenLogprob
 
 from ..protocol.completion import Choice, Completion, CompletionRequest
 from ..protocol.errors import ApiError
@@ -50,7 +51,7 @@ class _Job:
         self._params = self._sampling()
         self._tally = Tally(prompts, self._params.n)
         self._begun: dict[int, int] = {}  # characters so far, by choice
-        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model.name}
+        self._head: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model.name}
 
     def _sampling(self) -> SamplingParams:
         body = self._body
@@ -94,7 +95,8 @@ class _Job:
                         yield piece
 
     def _piece(self, index: int, delta: Delta) -> Choice | None:
-        body, text, token_ids, logprobs = self._body, delta.text, delta.token_ids, delta.logprobs or []
+        body, text, token_ids = self._body, delta.text, delta.token_ids
+        logprobs: Sequence[TokenLogprob | None] = delta.logprobs or []
         if body.max_tokens == 0:
             text, token_ids, logprobs = "", [], []
         if body.echo and index not in self._begun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ingot.runtime.request import TokenLogprob
 
@@ -34,7 +35,7 @@ def chat_logprobs(service: Service, entries: Sequence[TokenLogprob]) -> chat.Cha
     return chat.ChatLogprobs(content=content)
 
 
-def _token(service: Service, token_id: int) -> dict[str, object]:
+def _token(service: Service, token_id: int) -> dict[str, Any]:
     return {"token": _text(service, token_id), "bytes": list(service.token_bytes(token_id))}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ def _store() -> Store:
 def list_artifacts(as_json: Json = False) -> None:
     """List what the store holds."""
     listed = _store().list()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "key": a.key,
             "path": str(a.path),

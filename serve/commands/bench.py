@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -93,7 +94,7 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)
     for name, value in result.items():
         if isinstance(value, list):
             table = Table(*dict.fromkeys(k for point in value for k in point), title=name, title_justify="left")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..flags import CompileFlags, takes_compile_flags
+from ..process import age
 
 if TYPE_CHECKING:
     from ingot.runtime.engine import Engine
@@ -32,9 +33,9 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Continue a prompt."""
-    if (prompt is None) == (prompt_ids is None):
-        raise typer.BadParameter("give one of the two", param_hint="--prompt / --prompt-ids")
     given = _parse_ids(prompt_ids) if prompt_ids is not None else prompt
+    if given is None or (prompt is not None and prompt_ids is not None):
+        raise typer.BadParameter("give one of the two", param_hint="--prompt / --prompt-ids")
     from ..resolve import resolve
 
     artifact = resolve(model_or_artifact, flags)
@@ -49,7 +50,7 @@ def generate_command(
     )
     with StageBar("loading") as bar:
         engine = load_engine(artifact, EngineOptions(), bar.update)
-    ready = _process_age()
+    ready = age()
     if as_json:
         print(json.dumps(_as_json(_run(engine, given, params, lambda delta: None), ready)))
     else:
@@ -117,9 +118,3 @@ def _parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2,3", param_hint="--prompt-ids") from None
-
-
-def _process_age() -> float:
-    import psutil
-
-    return time.time() - psutil.Process().create_time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +65,7 @@ def _print(d: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 180)
     model, report = d["model"], d["report"]
     size = f"{model['num_parameters'] / 1e6:,.1f} M parameters"
     facts = {
@@ -74,7 +75,7 @@ def _print(d: dict[str, Any]) -> None:
         "KV cache": f"{d['kv_bytes_per_token']:,} bytes a token, {d['slot_bytes_per_sequence']:,} a sequence; {d['kv_layout']}",
         "groups": "; ".join(f"{g['name']} ({g['kind']}, page of {g['page_size']} tokens, {g['bytes_per_unit']:,} bytes)" for g in d["groups"]),
         "weights": f"{d['weights']['tensors']} tensors, {d['weights']['bytes']:,} bytes, {d['weights']['seeded']} made from a seed",
-        "nodes": _nodes(report.get("nodes", {})),
+        "nodes": " → ".join(f"{name} {n}" for name, n in report["nodes"]),
         "size": f"{d['size_bytes']:,} bytes",
         "key": d["key"],
         "digest": d["digest"],
@@ -90,9 +91,3 @@ def _print(d: dict[str, Any]) -> None:
         for (target, backend, kernel, reason, gate), calls in grouped.items():
             table.add_row(str(calls), target, backend, kernel, reason, gate)
         console.print(table)
-
-
-def _nodes(counts: Any) -> str:
-    """`trace 412 → merge_siblings 380 → …`, in the order of the passes."""
-    pairs = counts.items() if isinstance(counts, dict) else counts
-    return " → ".join(f"{name} {n}" for name, n in pairs)

@@ -26,5 +26,5 @@ def models_command(
         return
     width = max((len(v.architecture) for v in verdicts), default=0)
     for verdict in sorted(verdicts, key=lambda v: (not v.admitted, v.architecture)):
-        print(f"{verdict.architecture:{width}}  {'admitted' if verdict.admitted else 'refused: ' + verdict.reason}")
+        print(f"{verdict.architecture:{width}}  {'admitted' if verdict.admitted else 'refused: ' + ' '.join(verdict.reason.split())}")
     print(f"{sum(v.admitted for v in verdicts)} of {len(verdicts)} admitted")

@@ -60,7 +60,7 @@ def _write(folder: Path, *, tokenizer: bool) -> Path:
         options=Options("float32", "none", "auto", 64, 256, False, False),
         groups=(Group("full", "page", 4, 4096),),
         states=(),
-        report={"nodes": {"traced": 17, "fuse": 9}, "seconds": {"total": 1.5}},
+        report={"nodes": [["traced", 17], ["fuse", 9]], "seconds": {"total": 1.5}},
     )
     return folder
 
