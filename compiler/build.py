@@ -109,6 +109,8 @@ class _Job:
         config = found.config
         if options.quantize != "none":
             raise CompileError(f"--quantize {options.quantize} is unknown: this version knows none")
+        if options.deterministic:
+            raise CompileError("--deterministic is not available yet: reduction orders depend on the kernels that a step's size selects; compile without it")
         if options.kv_cache_dtype not in ("auto", options.dtype, *DTYPES):
             raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype} is unknown: use auto, {', '.join(DTYPES)}")
         dtype = _dtype(options.dtype, config, target)

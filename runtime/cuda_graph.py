@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class CapturedPlan:
         self.graph.replay()
 
 
-def capture(plan: BoundPlan, pool: object) -> CapturedPlan:
+def capture(plan: BoundPlan, pool: Any) -> CapturedPlan:
     """Run the plan once, so that libraries make their handles, then capture it. `pool` (torch.cuda.graph_pool_handle) is shared between captures."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

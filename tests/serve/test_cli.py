@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,14 +26,13 @@ def ingot(tmp_path: Path) -> Run:
 
 
 def test_help_is_instant_and_names_every_verb(ingot: Run) -> None:
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        done = ingot("--help")
-        seconds.append(time.perf_counter() - begin)
+    done = ingot("--help")
     assert done.returncode == 0
     assert all(verb in done.stdout for verb in ("compile", "inspect", "models", "generate", "serve", "bench", "artifacts"))
-    assert min(seconds) < 0.5
+    # half a second is what the imports decide, and unlike a clock they are the same on a busy machine
+    heavy = "torch transformers numpy fastapi uvicorn triton tvm"
+    probe = f"import sys, ingot.serve.cli; print(*(m for m in '{heavy}'.split() if m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
 @pytest.mark.parametrize(
