@@ -19,8 +19,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	mkdir -p .venv/typing/ingot && ln -sfn $(addprefix $(CURDIR)/,$(PACKAGES)) .venv/typing/ingot
-	MYPYPATH=.venv/typing .venv/bin/mypy --explicit-package-bases -p ingot
+	.venv/bin/mypy -p ingot
 
 clean:
 	rm -rf .venv build dist *.egg-info
@@ -29,4 +28,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Ingot needs Python 3.11 or newer on the path, or make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	mkdir -p .venv/typing/ingot && ln -sfn $(addprefix $(CURDIR)/,$(PACKAGES)) .venv/typing/ingot
 	touch $@
