@@ -7,6 +7,7 @@ import hmac
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ingot.ops.errors import IngotError
 
@@ -23,7 +24,7 @@ def build_app(service: Service) -> FastAPI:
     app.include_router(health.router)
     for module in (models, completions, chat):
         app.include_router(module.router, dependencies=[Depends(_authorize)])
-    for kind in (ApiError, IngotError, HTTPException):
+    for kind in (ApiError, IngotError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _on_error)
     return app
 

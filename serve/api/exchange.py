@@ -10,6 +10,7 @@ import pydantic
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ingot.ops.errors import IngotError
@@ -46,7 +47,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client has gone")
+            raise ClientDisconnect
         return task.result()
     finally:
         gone.cancel()
@@ -112,6 +113,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case EngineLost():
             return ApiError(503, str(error), code="lost")
+        case ClientDisconnect():
+            return ApiError(499, "the client has gone")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case IngotError():
