@@ -1,0 +1,109 @@
+"""Where a step's GPU time goes: every kernel of a plan, by name, from torch's profiler.
+
+    python benchmarks/kernel_profile.py CONFIG_DIR_OR_MODEL [--batch 1,16,64,256] [--prefill 1024,8192] [-o FILE.json]
+
+Decode steps are replays of the captured graph at `--context` cached tokens on shuffled pages; prefills are launched entry by entry.
+"busy" is the sum of the kernels' times, "span" the time from the first kernel's start to the last one's end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ingot.artifacts.artifact import Artifact
+from ingot.compiler.build import CompileOptions, compile_model
+from ingot.runtime.batch import StepBatch
+from ingot.runtime.executor import Executor
+from ingot.runtime.memory import plan_memory
+
+REPEATS = 5
+
+
+def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> StepBatch:
+    """`num_seqs` sequences of `context` cached and `num_new` new tokens; the last token of each samples."""
+    batch = StepBatch(executor.layout, num_seqs * num_new, num_seqs, num_seqs)
+    arrays, length = batch.arrays, context + num_new
+    generator = torch.Generator().manual_seed(0)
+    arrays["input_ids"][:] = torch.randint(0, executor.info.vocab_size, (num_seqs * num_new,), generator=generator).numpy()
+    arrays["cu_seqlens_q"][:] = range(0, num_seqs * num_new + 1, num_new)
+    arrays["seq_lens"][:] = length
+    arrays["logits_rows"][:] = range(num_new - 1, num_seqs * num_new, num_new)
+    arrays["top_p"][:] = 1
+    for group, _ in executor.layout.page_groups:
+        info = executor.info.groups[group]
+        size, used = info.page_size, -(-length // info.page_size)
+        pages = torch.randperm(info.num_units, generator=generator)[: num_seqs * used].view(num_seqs, used)
+        arrays[f"page_table_{group}"][:, :used] = pages.numpy()
+        place = torch.arange(context, length)
+        arrays[f"slot_mapping_{group}"][:] = (pages[:, place // size] * size + place % size).flatten().numpy()
+    arrays["positions"][:] = list(range(context, length)) * num_seqs
+    return batch
+
+
+def measure(executor: Executor, batch: StepBatch) -> dict[str, Any]:
+    for _ in range(3):
+        executor.logits(batch)
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(REPEATS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        executor.logits(batch)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(REPEATS):
+            executor.logits(batch)
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    spans: list[tuple[float, float]] = []
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem"):
+            kernels.setdefault(event.name[:70], []).append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
+    spans.sort()
+    rows = sorted(((sum(t) / REPEATS, len(t) / REPEATS, name) for name, t in kernels.items()), reverse=True)
+    return {
+        "event_us": round(statistics.median(times), 1),
+        "busy_us": round(sum(r[0] for r in rows), 1),
+        "kernels": [{"name": n, "us": round(t, 1), "count": c, "us_each": round(t / c, 2)} for t, c, n in rows],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--batch", default="1,16,64,256")
+    parser.add_argument("--prefill", default="1024,8192")
+    parser.add_argument("--context", type=int, default=200)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    built = compile_model(args.model, CompileOptions(dummy_weights=True))
+    print(args.model, "compile seconds", built.report["seconds"])
+    artifact = Artifact.open(built.path)
+    plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
+    memory = plan_memory(artifact, max(v.arena_bytes for v in plans.values()), max_model_len=16384, utilization=0.9, num_pages=None)
+    executor = Executor(artifact, plans, memory)
+    found = {}
+    with torch.inference_mode():
+        for kind, sizes in (("decode", args.batch), ("prefill", args.prefill)):
+            for n in map(int, filter(None, sizes.split(","))):
+                batch = batch_of(executor, n, 1, args.context) if kind == "decode" else batch_of(executor, 1, n, 0)
+                r = found[f"{kind} {n}"] = measure(executor, batch)
+                print(f"\n{kind} {n}: event {r['event_us']} µs, busy {r['busy_us']} µs")
+                for k in r["kernels"][:11]:
+                    print(f"  {k['us']:9.1f} µs  {k['count']:6.1f} × {k['us_each']:8.2f}  {k['name']}")
+    if args.output is not None:
+        args.output.write_text(json.dumps({"model": args.model, "device": torch.cuda.get_device_name(), "points": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
