@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,10 +36,10 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct, frozen=True):
-    """States that share one page table, or one slot a sequence. `kind` "page" or "slot"; bytes are summed over the group's states."""
+    """States that share one page table, or one slot a sequence. Bytes are summed over the group's states."""
 
     name: str
-    kind: str
+    kind: Literal["page", "slot"]
     page_size: int  # tokens; 0 for slots
     bytes_per_unit: int  # of a page or slot
     window: int = 0
