@@ -27,7 +27,7 @@ from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import trace
 from ingot.ops import OPS, Graph
 from ingot.ops.errors import IngotError
-from ingot.ops.target import Target, gpu, host, resolve
+from ingot.ops.target import Target, here, resolve
 
 from .codegen.emit import Emitter
 from .pipeline import count, lower
@@ -240,10 +240,7 @@ def _capturable(variant: Variant) -> bool:
 
 def _device(target: Target) -> torch.device | None:
     """The device that can run the target's kernels here, or None."""
-    if target.kind == "cuda":
-        here = gpu()
-        return torch.device("cuda") if here is not None and here.isa == target.isa else None
-    return torch.device("cpu") if target.features <= host().features else None
+    return torch.device(target.kind) if target.runs_on(here(target.kind)) else None
 
 
 def _dtype(name: str, config: Any, target: Target) -> torch.dtype:

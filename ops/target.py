@@ -15,6 +15,8 @@ SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90
 """The most shared memory that one block may have (CUDA programming guide, technical specifications)."""
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 """The features that generated code asks about, in /proc/cpuinfo's spelling."""
+CPU_LEVELS = {"x86-64-v3": CPU_FEATURES[:2], "x86-64-v4": CPU_FEATURES[:5]}
+"""What the levels of the x86-64 psABI (section 3.1.1) have of them. Kernels need the first at least."""
 
 
 class TargetError(IngotError):
@@ -38,6 +40,12 @@ class Target(msgspec.Struct, frozen=True, omit_defaults=True):
     def features(self) -> frozenset[str]:
         """The CPU features in `isa`."""
         return frozenset(self.isa.partition(":")[2].split("+")) - {""}
+
+    def runs_on(self, machine: Target | None) -> bool:
+        """Whether kernels for this target run on a machine's CPU or GPU: cubins need their architecture, CPU code its features."""
+        if machine is None or self.kind != machine.kind:
+            return False
+        return self.isa == machine.isa if self.kind == "cuda" else self.features <= machine.features
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.isa}" + (f" ({self.device})" if self.device else "")
@@ -65,23 +73,41 @@ def gpu() -> Target | None:
     return Target("cuda", f"sm_{major}{minor}", torch.cuda.get_device_name())
 
 
+def here(kind: str) -> Target | None:
+    """This machine's device of a kind: its CPU, or its first GPU if there is one."""
+    return gpu() if kind == "cuda" else host()
+
+
 def resolve(name: str) -> Target:
-    """`auto` (the GPU if there is one, else the CPU), `cpu`, or `sm_<n>`, compiled for without needing the device."""
+    """`auto` (the GPU if there is one, else the CPU), `cpu` (this one), or what need not be here: `sm_<n>`, `x86-64-v<n>`, `cpu:avx2+fma+…`."""
     if name == "auto":
         return gpu() or host()
     if name == "cpu":
         return host()
     if name in GPU_ARCHES:
-        here = gpu()
-        return here if here is not None and here.isa == name else Target("cuda", name, "")
-    raise TargetError(f"unknown target {name!r}: use auto, cpu, or one of {', '.join(GPU_ARCHES)}")
+        present = gpu()
+        return present if present is not None and present.isa == name else Target("cuda", name, "")
+    if name in CPU_LEVELS:
+        return Target("cpu", "x86-64:" + "+".join(CPU_LEVELS[name]), "")
+    if name.startswith("cpu:"):
+        return _cpu(name, set(name.removeprefix("cpu:").split("+")))
+    raise TargetError(f"unknown target {name!r}: use auto, cpu, {', '.join((*CPU_LEVELS, *GPU_ARCHES))}, or cpu:FEATURE+… of {', '.join(CPU_FEATURES)}")
+
+
+def _cpu(name: str, features: set[str]) -> Target:
+    """A CPU by its features, in the order of CPU_FEATURES."""
+    if unknown := sorted(features - set(CPU_FEATURES)):
+        raise TargetError(f"target {name!r}: {', '.join(map(repr, unknown))} is no feature that kernels ask about; they are {', '.join(CPU_FEATURES)}")
+    needed = CPU_LEVELS["x86-64-v4" if any(f.startswith("avx512") for f in features) else "x86-64-v3"]
+    if missing := [f for f in needed if f not in features]:
+        raise TargetError(f"target {name!r} lacks {', '.join(missing)}, which every CPU with the others has and kernels use; add {'+'.join(missing)}")
+    return Target("cpu", "x86-64:" + "+".join(f for f in CPU_FEATURES if f in features), "")
 
 
 def check_runs_here(target: Target, build_command: str) -> None:
     """TargetError, with both names and the command that builds the right artifact, unless this machine runs `target`."""
-    here = gpu() if target.kind == "cuda" else host()
-    if here is None:
+    machine = here(target.kind)
+    if machine is None:
         raise TargetError(f"the artifact is for {target}, and this machine has no CUDA device ({host()}); build one for it with: {build_command}")
-    fits = here.isa == target.isa if target.kind == "cuda" else target.features <= here.features
-    if not fits:
-        raise TargetError(f"the artifact is for {target}, this machine is {here}; build one for it with: {build_command}")
+    if not target.runs_on(machine):
+        raise TargetError(f"the artifact is for {target}, this machine is {machine}; build one for it with: {build_command}")

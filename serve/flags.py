@@ -21,7 +21,7 @@ def _option(*names: str, help: str, **kwargs: Any) -> Any:
 class CompileFlags:
     """What was given on the command line; a flag that was not given is None, and the compiler's default applies."""
 
-    target: Annotated[str | None, _option("--target", help="auto, cpu, or a GPU such as sm_90 (needs no such GPU here).")] = None
+    target: Annotated[str | None, _option("--target", help="auto, cpu, or what need not be here: sm_90, x86-64-v3, cpu:avx2+fma, …")] = None
     dtype: Annotated[str | None, _option("--dtype", help="auto, bfloat16, float16 or float32.")] = None
     quantize: Annotated[str | None, _option("--quantize", help="none, or a quantization format for the weights.")] = None
     kv_cache_dtype: Annotated[str | None, _option("--kv-cache-dtype", help="auto, or a dtype for the KV cache.")] = None

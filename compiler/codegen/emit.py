@@ -11,7 +11,7 @@ from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.plan import Kernel
 from ingot.artifacts.store import Store
 from ingot.ops.kernel import Source
-from ingot.ops.target import Target, gpu, host
+from ingot.ops.target import Target, here
 
 from . import triton, tvm
 
@@ -28,8 +28,7 @@ class Emitter:
     def __init__(self, target: Target, store: Store, folder: Path, progress: Callable[[int, int], None]) -> None:
         self.target, self.store, self.folder, self.progress = target, store, folder, progress
         self.compiled = 0
-        here = gpu() if target.kind == "cuda" else host()
-        self.runs_here = here is not None and (here.isa == target.isa if target.kind == "cuda" else target.features <= here.features)
+        self.runs_here = target.runs_on(here(target.kind))
         self._binaries: dict[str, bytes] = {}
         self._texts: dict[str, str] = {}
 
