@@ -4,7 +4,7 @@
 |---|---|---|
 | `INGOT_HOME` | the folder of the store: artifacts, kernels, caches | `$XDG_CACHE_HOME/ingot`, else `~/.cache/ingot` |
 | `INGOT_DUMP` | a folder that gets the graph after each pass and every generated source | unset: nothing is written |
-| `INGOT_NUM_THREADS` | threads for CPU kernels, hashing and copies | the CPUs that this process may use |
+| `INGOT_NUM_THREADS` | threads for CPU kernels, hashing, copies and compilers | the CPUs that this process may use |
 | `INGOT_LOG_LEVEL` | DEBUG, INFO, WARNING or ERROR | INFO |
 """
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.plan import Kernel
+from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
 from ingot.ops.kernel import Source
 from ingot.ops.target import Target, here
@@ -55,7 +55,7 @@ class Emitter:
 
     def _compile(self, missing: dict[str, Source]) -> None:
         self.compiled += len(missing)
-        jobs = os.cpu_count() or 1
+        jobs = settings().num_threads
         launches: dict[str, dict[str, object]] = {}
         if self.target.kind == "cuda" and missing:
             for c in triton.compile_sources(list(missing.values()), self.target, jobs, self.progress):

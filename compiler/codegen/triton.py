@@ -6,14 +6,15 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+import msgspec
 
 from ingot.ops.errors import IngotError
 from ingot.ops.kernel import Source
@@ -82,28 +83,28 @@ def compile_source(source: Source, target: Target) -> Compiled:
 
 
 def compile_sources(sources: Sequence[Source], target: Target, jobs: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[Compiled]:
-    """Compile in `jobs` processes; results in the order of `sources`, equal ones compiled once. `progress` gets (done, of).
+    """Compile in `jobs` processes (`triton_worker`); results in the order of `sources`, equal ones compiled once. `progress` gets (done, of).
 
     Raises TritonCompileError, also when a compiler process dies.
     """
-    unique = list(dict.fromkeys(sources))
-    # a child forked from here would inherit torch's threads and locks; one forked from a clean server shares its imports
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "triton.compiler"])
-    done: dict[Source, Compiled] = {}
-    with ProcessPoolExecutor(min(jobs, len(unique)) or 1, mp_context=context) as pool:
-        waiting = {pool.submit(compile_source, source, target): source for source in unique}
-        try:
-            for future in as_completed(waiting):
-                done[waiting[future]] = future.result()
-                progress(len(done), len(unique))
-        except BrokenProcessPool as error:
-            left = sorted({kernel_name(s, target) for s in unique if s not in done})
-            raise TritonCompileError(f"a compiler process died on one of {', '.join(left)}; compile with one job to see which") from error
-        except TritonCompileError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [done[source] for source in sources]
+    names = {source: kernel_name(source, target) for source in sources}
+    done: dict[str, Compiled] = {}
+    # -P: modules in the current folder must not shadow libraries
+    command = [sys.executable, "-P", "-m", f"{__package__}.triton_worker", str(max(1, min(jobs, len(names))))]
+    with tempfile.TemporaryFile() as requests, tempfile.TemporaryFile("w+") as stderr:
+        requests.write(b"".join(msgspec.json.encode((source, target)) + b"\n" for source in names))
+        requests.seek(0)
+        with subprocess.Popen(command, stdin=requests, stdout=subprocess.PIPE, stderr=stderr) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                compiled = msgspec.json.decode(line, type=Compiled)
+                done[compiled.name] = compiled
+                progress(len(done), len(names))
+        stderr.seek(0)
+        message = stderr.read().strip()
+    if worker.returncode != 0:
+        raise TritonCompileError(message[-4000:] or f"the process that compiles Triton kernels ended with status {worker.returncode}")
+    return [done[names[source]] for source in sources]
 
 
 def _module(source: Source, name: str, folder: Path) -> ModuleType:

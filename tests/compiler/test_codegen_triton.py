@@ -107,3 +107,26 @@ def big_kernel(x, out):
 """
     with pytest.raises(TritonCompileError, match="bytes of shared memory, sm_86 has 101376"):
         compile_source(Source("big", "triton", "big_kernel", big, {"x": "*bf16", "out": "*fp32"}, num_stages=8), Target("cuda", "sm_86", ""))
+
+
+def test_a_script_without_a_main_guard_may_compile(tmp_path):
+    """Workers import nothing of the program that compiles: here they would compile again, and wait for one another."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+from ingot.compiler.codegen.triton import compile_sources
+from ingot.ops.kernel import Source
+from ingot.ops.target import Target
+print("imported", flush=True)
+print(len(compile_sources([{SOURCE!r}], Target("cuda", "sm_90", ""), 2)))
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["imported", "1"], done.stderr
+
+
+def test_a_worker_that_dies_is_told(monkeypatch):
+    import ingot.compiler.codegen.triton as module
+
+    monkeypatch.setattr(module, "__package__", "ingot.nothing")
+    with pytest.raises(TritonCompileError, match="No module named"):
+        compile_sources([SOURCE], SM_90, 1)

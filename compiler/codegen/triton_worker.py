@@ -1,0 +1,50 @@
+"""Compiles Triton sources: `python -m ingot.compiler.codegen.triton_worker JOBS < requests`.
+
+A request is a line of JSON, `[source, target]`, and so is an answer: a `Compiled`, in the order in which they are done. A
+program of its own, because workers that are forked from the compiling process inherit torch's threads and locks, and
+workers that are spawned import that process's main module again, which may be a script that compiles. Here one process
+imports Triton, and JOBS are forked from it while it has no threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+import msgspec
+import triton.compiler  # noqa: F401  (before the fork, once)
+
+from ingot.ops.kernel import Source
+from ingot.ops.target import Target
+
+from .triton import TritonCompileError, compile_source, kernel_name
+
+FAILED = 3
+"""The exit code when a source does not compile; standard error has the message alone."""
+
+
+def main() -> int:
+    requests = [msgspec.json.decode(line, type=tuple[Source, Target]) for line in sys.stdin.buffer]
+    with ProcessPoolExecutor(int(sys.argv[1]), mp_context=multiprocessing.get_context("fork")) as pool:
+        waiting = {pool.submit(compile_source, *request): request for request in requests}
+        try:
+            for future in as_completed(waiting):
+                compiled = future.result()
+                del waiting[future]
+                sys.stdout.buffer.write(msgspec.json.encode(compiled) + b"\n")
+                sys.stdout.flush()
+        except BrokenProcessPool:
+            left = sorted(kernel_name(*request) for request in waiting.values())
+            print(f"a compiler process died on one of {', '.join(left)}; compile with INGOT_NUM_THREADS=1 to see which", file=sys.stderr)
+            return FAILED
+        except TritonCompileError as error:
+            pool.shutdown(cancel_futures=True)
+            print(error, file=sys.stderr)
+            return FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
