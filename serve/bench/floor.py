@@ -1,78 +1,169 @@
-"""What a step cannot be faster than: the bytes it must read at the memory's bandwidth, the arithmetic it must do at the device's peak."""
+"""What a step cannot be faster than: the bytes it must read at the memory's bandwidth, the arithmetic it must do at the device's rate.
+
+Matrix products and attention wait for one another, layer by layer, so that their times add; within each, reading and
+arithmetic overlap, and the longer one counts. A weight is read once a step, a cached token once for each sequence that it belongs to.
+"""
 
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ingot.artifacts.artifact import Artifact
-from ingot.artifacts.manifest import WeightTensor
+from ingot.artifacts.manifest import Manifest, WeightTensor
+from ingot.artifacts.plan import Entry, Value, Variant
+from ingot.ops.dims import Dim, evaluate
 
-_DEVICES = {"NVIDIA H200": (4.54e12, 650e12)}
-"""Measured: bytes/s read by a plain kernel, bfloat16 flop/s of large matrix products."""
-_PROBE_BYTES = 1 << 29
+from .rates import Rates
+
+WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write")
+"""Ops that have a cache among their arguments and do not read it."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Matrices [X, …] of `elements` in all, `nbytes` large, of which each of `rows` rows is multiplied by one (X = 1: by the only one)."""
+
+    rows: Dim
+    elements: int
+    nbytes: int
+    experts: int = 1
+
+    def read(self, rows: int) -> float:
+        """Bytes, if rows choose their experts at random."""
+        return self.nbytes * (1 - (1 - 1 / self.experts) ** rows) if self.experts > 1 else self.nbytes
+
+    def flops(self, rows: int) -> float:
+        return 2.0 * rows * self.elements / self.experts
+
+
+@dataclass(frozen=True)
+class Attention:
+    """All attention sites of one window (0: none): flops a pair of query and key, over all heads; bytes of a cached token."""
+
+    flops: float
+    nbytes: int
+    window: int
+
+    def keys(self, cached: int, new: int) -> int:
+        """How many tokens of the cache `new` queries after `cached` tokens read."""
+        return min(cached + new, self.window + new - 1) if self.window else cached + new
+
+    def pairs(self, cached: int, new: int) -> int:
+        """How many keys these queries see, added up."""
+        end = cached + new
+        within = min(end, max(self.window, cached)) if self.window else end  # queries before it see everything before them
+        return (within * (within + 1) - cached * (cached + 1)) // 2 + (end - within) * self.window
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Bounds for one artifact on one device. `flops`, of matrix products in bfloat16, is None where it was never measured."""
+    """Bounds for one artifact on one device."""
 
-    bandwidth: float  # bytes/s
-    bandwidth_source: str
-    flops: float | None
-    weight_bytes: int | None  # read by every step; None when that depends on the tokens (experts)
-    matrix_elements: int
-    kv_bytes_per_token: int
+    rates: Rates
+    products: tuple[Product, ...]
+    attention: tuple[Attention, ...]
+    other_bytes: int  # of weights that multiply no rows: norms, biases
 
     @classmethod
     def of(cls, artifact: Artifact) -> Floor:
-        """Look up the device, or measure the bandwidth of one that is not known."""
+        """Read off the plan what a step computes; look up the device's rates, or measure them."""
         manifest = artifact.manifest
-        known = _DEVICES.get(manifest.target.device)
-        bandwidth, flops = known or (measure_bandwidth("cuda" if manifest.target.kind == "cuda" else "cpu"), None)
         plan = artifact.plan(manifest.variants[0])
-        values = {v.name: v for v in plan.values}
-        read: set[str] = set()
-        for entry in plan.entries:
-            if entry.target != "ingot.embedding":  # it reads a row a token
-                read |= {values[a.value].root or a.value for a in entry.args if a.value is not None}
-        weights = [w for w in manifest.weights if w.name in read]
-        routed = any(e.target in ("ingot.moe", "ingot.grouped_linear") for e in plan.entries)
-        return cls(
-            bandwidth=bandwidth,
-            bandwidth_source="known" if known else "measured",
-            flops=flops if manifest.options.dtype == "bfloat16" else None,
-            weight_bytes=None if routed else sum(map(_nbytes, weights)),
-            matrix_elements=sum(math.prod(w.shape) for w in weights if len(w.shape) == 2),
-            kv_bytes_per_token=sum(g.bytes_per_unit // g.page_size for g in manifest.groups if g.page_size),
-        )
+        products, attention, other = _costs(plan, manifest)
+        return cls(Rates.of(manifest.target.device, manifest.options.dtype), products, attention, other)
 
-    def decode_seconds(self, num_seqs: int, context: float) -> float | None:
-        """A step of `num_seqs` tokens, each after `context` others."""
-        if self.weight_bytes is None:
-            return None
-        return (self.weight_bytes + num_seqs * context * self.kv_bytes_per_token) / self.bandwidth
+    @property
+    def weight_bytes(self) -> int:
+        """All that a step may read."""
+        return self.other_bytes + sum(p.nbytes for p in self.products)
 
-    def prefill_seconds(self, num_tokens: int) -> float | None:
-        """A prompt's matrix products; of the LM head only one row."""
-        if self.weight_bytes is None or self.flops is None:
-            return None
-        return max(self.weight_bytes / self.bandwidth, 2 * num_tokens * self.matrix_elements / self.flops)
+    def seconds(self, cached: Sequence[int], new: Sequence[int]) -> float:
+        """A step of sequences with so many cached and new tokens, each of which wants the logits of its last token alone."""
+        sizes = {"T": sum(new), "S": len(new), "R": len(new)}
+        rows = [evaluate(p.rows, sizes) for p in self.products]
+        read = self.other_bytes + sum(p.read(n) for p, n in zip(self.products, rows, strict=True))
+        flops = sum(p.flops(n) for p, n in zip(self.products, rows, strict=True))
+        kv = sum(a.nbytes * sum(map(a.keys, cached, new)) for a in self.attention)
+        pairs = sum(a.flops * sum(map(a.pairs, cached, new)) for a in self.attention)
+        return self._longer(read, flops) + self._longer(kv, pairs)
+
+    def decode(self, num_seqs: int, context: int) -> float:
+        """Seconds of a step of one token for each sequence, each of them seeing `context` tokens."""
+        return self.seconds([context - 1] * num_seqs, [1] * num_seqs)
+
+    def prefill(self, num_tokens: int) -> float:
+        """Seconds of a prompt that is computed in one step."""
+        return self.seconds([0], [num_tokens])
+
+    def load(self, prompts: Sequence[int], outputs: Sequence[int]) -> float:
+        """Seconds of requests that come together: all prompts in one step, then the decode steps, fewer sequences in each as some end."""
+        total = self.seconds([0] * len(prompts), prompts)
+        for step in range(1, max(outputs)):
+            cached = [p + step - 1 for p, n in zip(prompts, outputs, strict=True) if n > step]
+            total += self.seconds(cached, [1] * len(cached))
+        return total
+
+    def _longer(self, nbytes: float, flops: float) -> float:
+        return max(nbytes / self.rates.bandwidth, flops / self.rates.flops)
 
 
-def measure_bandwidth(device: str) -> float:
-    """Bytes/s at which `device` reads memory: the best of ten sums over 512 MiB."""
-    data = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32, device=device)
-    best = math.inf
-    for _ in range(10):
-        begin = time.perf_counter()
-        float(data.sum())
-        best = min(best, time.perf_counter() - begin)
-    return _PROBE_BYTES / best
+def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tuple[Attention, ...], int]:
+    values = {v.name: v for v in plan.values}
+    weights, groups = {w.name: w for w in manifest.weights}, {g.name: g for g in manifest.groups}
+    nodes: dict[str, list[Entry]] = {}
+    for entry in plan.entries:
+        if entry.target != "ingot.embedding":  # it reads a row a token
+            nodes.setdefault(entry.node, []).append(entry)
+    products: list[Product] = []
+    sites: dict[int, tuple[float, int]] = {}  # window → flops, bytes
+    others: set[str] = set()
+    for entries in nodes.values():
+        roots = {values[n].root or n for e in entries for a in e.args for n in a.names()}
+        out = values[entries[0].outputs[0]] if entries[0].outputs else None
+        multiplies = entries[0].target.startswith(("ingot.linear", "ingot.moe", "ingot.grouped_linear"))
+        for weight in (weights[r] for r in sorted(roots) if r in weights):
+            if multiplies and len(weight.shape) >= 2:
+                products.append(_product(weight, out, entries, values))
+            else:
+                others.add(weight.name)
+        caches = [s for s in manifest.states if s.name in roots and groups[s.group].kind == "page"]
+        if caches and out is not None and entries[0].target not in WRITES:
+            group = groups[caches[0].group]
+            flops, nbytes = sites.get(group.window, (0.0, 0))
+            token = sum(math.prod(s.shape) * _itemsize(s.dtype) for s in caches) // group.page_size
+            sites[group.window] = flops + _pair_flops(out, caches[0].shape[-1]), nbytes + token
+    attention = tuple(Attention(flops, nbytes, window) for window, (flops, nbytes) in sites.items())
+    return tuple(products), attention, sum(_nbytes(weights[n]) for n in others)
+
+
+def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], values: dict[str, Value]) -> Product:
+    assert out is not None
+    rows, experts = out.shape[0], 1
+    if len(weight.shape) == 3:
+        experts = weight.shape[0]
+        ids = next(v for e in entries for a in e.args for n in a.names() if (v := values[n]).dtype.startswith("int") and v.storage == "arena")
+        rows = {n: c * (int(ids.shape[1]) if len(ids.shape) == 2 else 1) for n, c in _form(ids.shape[0]).items()}  # type: ignore[arg-type]
+    return Product(rows, math.prod(weight.shape), _nbytes(weight), experts)
+
+
+def _form(dim: Dim) -> dict[str, int]:
+    return {"": dim} if isinstance(dim, int) else dim
+
+
+def _pair_flops(out: Value, key_size: int) -> float:
+    """Multiplying a query with a key and a probability with a value, for all heads: out is [T, H, F]."""
+    heads, value_size = out.shape[1:]
+    assert isinstance(heads, int) and isinstance(value_size, int)
+    return 2.0 * heads * (key_size + value_size)
 
 
 def _nbytes(weight: WeightTensor) -> int:
-    return math.prod(weight.shape) * getattr(torch, weight.dtype).itemsize
+    return math.prod(weight.shape) * _itemsize(weight.dtype)
+
+
+def _itemsize(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize

@@ -16,14 +16,19 @@ from ingot.runtime.llm import LLM
 from ingot.runtime.load import load_engine
 from ingot.runtime.request import SamplingParams
 
+from .figure import about
+from .floor import Floor
+
 
 class LoadTooLong(IngotError):
     """The requests do not fit the context."""
 
 
 def run(path: Path, requests: int, shortest: int, longest: int, seed: int, progress: Callable[[str, float], None]) -> dict[str, Any]:
-    """Output tokens per second, and what the load was. Raises LoadTooLong."""
+    """Output tokens per second beside their floor, and what the load was. Raises LoadTooLong."""
     artifact = Artifact.open(path)
+    progress("measure the device", 0.0)
+    floor = Floor.of(artifact)
     llm = LLM.over(load_engine(path, EngineOptions(enable_prefix_caching=False), progress))
     context = llm.engine.max_model_len
     if 2 * longest > context:
@@ -37,13 +42,15 @@ def run(path: Path, requests: int, shortest: int, longest: int, seed: int, progr
     llm.generate(prompts, params, progress=lambda done, of: progress("mixed load", done / of))
     seconds = time.perf_counter() - begin
     prompt_tokens, output_tokens = map(int, lengths.sum(0))
+    bound = floor.load(*lengths.T.tolist())
     return {
-        "model": artifact.manifest.model.name,
-        "target": str(artifact.manifest.target),
+        **about(artifact, floor),
         "requests": requests,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "seconds": seconds,
         "output_tokens_per_second": output_tokens / seconds,
+        "floor_output_tokens_per_second": output_tokens / bound,
+        "fraction_of_floor": bound / seconds,
         "total_tokens_per_second": (prompt_tokens + output_tokens) / seconds,
     }

@@ -1,9 +1,10 @@
-"""ingot bench: decode latency, throughput under load, start-up."""
+"""ingot bench: decode latency, throughput under load, start-up, and any server over HTTP."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,6 +75,47 @@ def startup(flags: CompileFlags, name: Name, repeats: Repeats = 3, as_json: Json
     with StageBar("bench startup") as bar:
         result = startup.run(artifact, repeats, bar.update)
     _show(result, as_json)
+
+
+@app.command()
+def serve(
+    url: Annotated[str, typer.Argument(help="An OpenAI server, such as http://127.0.0.1:8000; ours or another.")],
+    model: Annotated[str | None, typer.Option(help="Its name there; the first one listed by default.", show_default=False)] = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 256,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Requests a second, as a Poisson process; all at once by default.", show_default=False)] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="At most so many at a time.", show_default=False)] = None,
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 128, or uniform in 100:1024.")] = "128",
+    output_tokens: Annotated[str, typer.Option(help="Answer lengths, likewise.")] = "128",
+    vocab_size: Annotated[int, typer.Option(min=2, help="Random prompts are of token ids below it.")] = 32000,
+    text: Annotated[bool, typer.Option("--text", help="Random words for prompts, about a token each, instead of token ids.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts from a file: a JSON string, or an object with a prompt, a line.", show_default=False)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="/v1/chat/completions; implies --text.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Answers may end early; without it ignore_eos is asked for.")] = False,
+    api_key: Annotated[str | None, typer.Option(help="What the server asks clients for.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of lengths, prompts and arrivals.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Latencies and throughput of a server, as streaming clients see them."""
+    if not url.startswith(("http://", "https://")):
+        raise typer.BadParameter(f"{url!r} does not begin with http:// or https://", param_hint="URL")
+    import numpy as np
+
+    from ..bench import serve, workload
+    from ..bench.sse import Endpoint
+    from ..progress import StageBar
+
+    random = np.random.default_rng(seed)
+    lengths = [workload.Lengths.parse(t).draw(random, requests) for t in (prompt_tokens, output_tokens)]
+    if prompts is not None:
+        asked = workload.read_prompts(prompts, requests)
+    else:
+        asked = workload.random_prompts(random, lengths[0], None if text or chat else vocab_size)
+    calls = [workload.Call(*c) for c in zip(asked, lengths[1], workload.arrivals(random, requests, rate), strict=True)]
+    load = serve.Load(Endpoint(url, api_key), model, chat, temperature, not stop_at_eos, concurrency)
+    with StageBar("bench serve") as bar:
+        result = serve.run(load, calls, bar.update)
+    _show({"rate": rate, **result}, as_json)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -46,6 +46,7 @@ def test_help_is_instant_and_names_every_verb(ingot: Run) -> None:
         (("bench", "latency"), "--batch --prefill --repeats --json --dummy-weights"),
         (("bench", "throughput"), "--requests --json --dummy-weights"),
         (("bench", "startup"), "--repeats --json --dummy-weights"),
+        (("bench", "serve"), "--model --requests --rate --concurrency --prompt-tokens --output-tokens --prompts --chat --seed --json"),
     ],
 )
 def test_flags_are_the_contract(verb: tuple[str, ...], flags: str) -> None:
@@ -108,6 +109,7 @@ def test_a_taken_port_is_told(ingot: Run, artifact: Path) -> None:
         ("compile", "x", "--max-num-seqs", "0"),
         ("bench", "latency", "x", "--batch", "1,-4"),
         ("bench", "throughput", "x", "--shortest", "9", "--longest", "8"),
+        ("bench", "serve", "127.0.0.1:8000"),
         ("models", "LlamaForCausalLM"),
         ("nothing",),
     ],

@@ -128,11 +128,14 @@ def test_bench_gives_figures_beside_floors(ingot: Run, artifact: Path) -> None:
     assert 0 < step["floor_ms"] < step["ms"]
     assert step["fraction_of_floor"] == pytest.approx(step["floor_ms"] / step["ms"])
     assert "at most 4 sequences" in skipped["skipped"]
-    assert shown["prefill"][0]["ms"] > 0
+    assert 0 < shown["prefill"][0]["floor_ms"] < shown["prefill"][0]["ms"]
     assert "the context is" in shown["prefill"][1]["skipped"]
-    assert shown["weight_bytes_per_step"] > 1e6
+    weights = json.loads((artifact / "manifest.json").read_text())["model"]["num_parameters"] * 4
+    assert shown["weight_bytes_per_step"] == pytest.approx(weights, rel=0.01)  # the LM head is the embedding, and read whole
+    assert shown["rates"] == "measured"
     load = json.loads(ingot("bench", "throughput", artifact, "--requests", 9, "--shortest", 3, "--longest", 17, "--json").stdout)
     assert load["output_tokens_per_second"] == pytest.approx(load["output_tokens"] / load["seconds"])
     assert 9 * 3 <= load["output_tokens"] <= 9 * 17
+    assert 0 < load["output_tokens_per_second"] < load["floor_output_tokens_per_second"]
     start = json.loads(ingot("bench", "startup", artifact, "--repeats", 1, "--json").stdout)
     assert 0 < start["seconds"]["ready"] < start["seconds"]["first_token"] < start["seconds"]["process"] + 0.1

@@ -1,0 +1,93 @@
+"""Floors: the formulas against sums written out, and the reading of a plan against a model's configuration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ingot.artifacts.manifest import Group, State, WeightTensor
+from ingot.artifacts.plan import Arg, Entry, Value
+from ingot.serve.bench.floor import Attention, Floor, Product, _costs
+from ingot.serve.bench.rates import Rates
+
+H200 = Rates(4.54e12, 650e12, "known")
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
+@pytest.mark.parametrize(("cached", "new"), [(0, 1), (0, 7), (3, 4), (5, 1), (9, 6), (90, 30)])
+def test_pairs_and_keys(window: int, cached: int, new: int) -> None:
+    site = Attention(1.0, 1, window)
+    seen = [set(range(max(0, p + 1 - window) if window else 0, p + 1)) for p in range(cached, cached + new)]
+    assert site.pairs(cached, new) == sum(map(len, seen))
+    assert site.keys(cached, new) == len(set().union(*seen))
+
+
+def llama(layers: int, D: int, inner: int, H: int, K: int, E: int, V: int) -> Floor:
+    matrices = [layers * (H + 2 * K) * E * D, layers * H * E * D, layers * 3 * D * inner]
+    products = (*(Product({"T": 1}, n, 2 * n) for n in matrices), Product({"R": 1}, V * D, 2 * V * D))
+    return Floor(H200, products, (Attention(layers * 4.0 * H * E, layers * 2 * K * E * 2, 0),), 0)
+
+
+@pytest.mark.parametrize(
+    ("floor", "batch_1", "batch_256", "prefill", "mixed"),
+    [
+        (llama(28, 1024, 3072, 16, 8, 128, 151936), 0.26, 1.56, 22.9, 35_000),
+        (llama(16, 2048, 8192, 32, 8, 64, 128256), 0.55, 1.28, 31.3, 72_000),
+        (llama(32, 4096, 14336, 32, 8, 128, 128256), 3.31, 7.15, 203, 12_900),
+    ],
+)
+def test_the_models_of_the_tables(floor: Floor, batch_1: float, batch_256: float, prefill: float, mixed: float) -> None:
+    """Milliseconds and tokens a second as they follow from the configurations by hand."""
+    assert floor.decode(1, 1) * 1e3 == pytest.approx(batch_1, rel=0.02)
+    assert floor.decode(256, 168) * 1e3 == pytest.approx(batch_256, rel=0.01)
+    assert floor.prefill(8192) * 1e3 == pytest.approx(prefill, rel=0.01)
+    lengths = np.random.default_rng(0).integers(100, 1024, (256, 2), endpoint=True)
+    assert lengths[:, 1].sum() / floor.load(*lengths.T.tolist()) == pytest.approx(mixed, rel=0.05)
+
+
+def test_a_load_is_its_steps() -> None:
+    floor = llama(2, 64, 128, 4, 2, 16, 100)
+    steps = [floor.seconds([0, 0, 0], [5, 3, 8]), floor.seconds([5, 8], [1, 1]), floor.seconds([6], [1])]
+    assert floor.load([5, 3, 8], [3, 1, 2]) == pytest.approx(sum(steps))
+
+
+def test_experts_are_read_as_far_as_rows_choose_them() -> None:
+    product = Product({"T": 2}, 8 * 100, 1600, experts=8)
+    assert product.flops(2) == 2 * 2 * 100  # each row meets one expert's matrix
+    assert product.read(1) == pytest.approx(1600 / 8)
+    assert product.read(1000) == pytest.approx(1600)
+
+
+def test_a_plan_is_read() -> None:
+    """A linear in two launches, experts, a windowed attention, a norm; embedding rows and cache writes cost nothing."""
+    t, page = {"T": 1}, ({"N_w": 1}, 2, 16, 4)
+    values = (
+        Value("ids", "int32", (t,), "input"), Value("table", "bfloat16", (50, 8), "weight"), Value("x", "bfloat16", (t, 8), "arena"),
+        Value("w", "bfloat16", (12, 8), "weight"), Value("y", "bfloat16", (t, 12), "arena"), Value("part", "float32", (t, 24), "arena"),
+        Value("norm", "bfloat16", (8,), "weight"), Value("k", "bfloat16", page, "state"), Value("v", "bfloat16", page, "state"),
+        Value("q", "bfloat16", (t, 6, 4), "arena"), Value("o", "bfloat16", (t, 6, 4), "arena"), Value("top", "int64", (t, 2), "arena"),
+        Value("experts", "bfloat16", (4, 10, 8), "weight"), Value("z", "bfloat16", (t, 10), "arena"),
+    )  # fmt: skip
+
+    def entry(node: str, target: str, args: str, outputs: str) -> Entry:
+        return Entry(node, target, "triton", tuple(Arg(value=a) for a in args.split()), tuple(outputs.split()))
+
+    entries = (
+        entry("e", "ingot.embedding", "ids table x", "x"), entry("n", "ingot.rms_norm", "x norm x", "x"),
+        entry("l", "ingot.linear", "x w part", "y part"), entry("l", "ingot.linear", "part y", "y part"),
+        entry("r", "ingot.qkv_rope_kv_write", "y k v q", "q"), entry("a", "ingot.paged_attention", "q k v o", "o"),
+        entry("m", "ingot.moe", "x top experts z", "z"),
+    )  # fmt: skip
+
+    class Plan:
+        pass
+
+    plan, manifest = Plan(), Plan()
+    plan.values, plan.entries = values, entries  # type: ignore[attr-defined]
+    manifest.weights = tuple(WeightTensor(v.name, v.dtype, v.shape, 0, 0, []) for v in values if v.storage == "weight")  # type: ignore[attr-defined, arg-type]
+    manifest.states = tuple(State(n, "window9", "bfloat16", (2, 16, 4)) for n in "kv")  # type: ignore[attr-defined]
+    manifest.groups = (Group("window9", "page", 16, 512, 9),)  # type: ignore[attr-defined]
+    products, attention, other = _costs(plan, manifest)  # type: ignore[arg-type]
+    assert products == (Product({"T": 1}, 96, 192), Product({"T": 2}, 320, 640, experts=4))
+    assert attention == (Attention(2.0 * 6 * (4 + 4), 2 * 2 * 4 * 2, 9),)
+    assert other == 16
