@@ -93,7 +93,7 @@ class Engine:
         if not 1 <= budget <= info.max_num_batched_tokens:
             raise RequestError(f"max_num_batched_tokens is {budget}; the artifact serves steps of 1 to {info.max_num_batched_tokens} tokens")
         self.executor, self.tokenizer, self.model_info, self.info = executor, tokenizer, model_info, info
-        self.cache = KVCache(info.groups, info.max_num_seqs, info.max_model_len, enable_prefix_caching)
+        self.cache = KVCache(info.groups, info.max_num_seqs, info.max_model_len, enable_prefix_caching, max_num_new=budget)
         self.max_model_len = min(info.max_model_len, self.cache.capacity)
         self.scheduler = Scheduler(self.cache, max_num_seqs=self.cache.num_rows, max_num_batched_tokens=budget, max_num_rows=info.max_num_rows)
         self._layout = StepLayout.of(self.cache)

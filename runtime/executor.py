@@ -32,7 +32,7 @@ class Executor:
         manifest = artifact.manifest
         self.device = torch.device("cuda" if manifest.target.kind == "cuda" else "cpu")
         self._variants = sorted(plans.values(), key=lambda v: (v.max_num_new, v.max_tokens))
-        groups = {g.name: GroupInfo(g.kind, g.page_size, memory.num_units[g.name]) for g in manifest.groups}
+        groups = {g.name: GroupInfo(g.kind, g.page_size, memory.num_units[g.name], g.window) for g in manifest.groups}
         self.info = ExecutorInfo(
             groups=groups,
             max_num_seqs=manifest.options.max_num_seqs,

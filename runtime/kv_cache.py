@@ -4,6 +4,9 @@ Every state group has its own pool of pages and its own page table. A running se
 page table, and its slot in `slot` groups. Full pages are named by a hash chained over their tokens (vLLM's automatic
 prefix caching, 2024), so that a sequence with the same prefix takes them over; pages that nobody references stay until
 their memory is needed and go least recently used first.
+
+Of a group with a window a row keeps only the pages that tokens still to be computed attend to. Columns of the page table
+before them repeat the first page kept: what a kernel reads there it masks, and it reads nothing of others.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ import hashlib
 import math
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
 from .request import Sequence
+
+NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,29 @@ class GroupInfo:
     kind: Literal["page", "slot"]
     page_size: int  # tokens; 0 for slots
     num_units: int
-    window: int = 0  # tokens that attention looks back; 0: all. All pages are kept nevertheless.
+    window: int = 0  # tokens that attention sees, its own included; 0: all before it
+
+    def first_page(self, position: int) -> int:
+        """The first page that tokens from `position` on attend to."""
+        return max(0, position - self.window + 1) // self.page_size if self.window else 0
+
+    def most_pages(self, num_tokens: int, num_new: int) -> int:
+        """The most pages that a sequence of `num_tokens` tokens holds at once when a step computes at most `num_new` of them."""
+        pages = -(-num_tokens // self.page_size)
+        if not self.window:
+            return pages
+        # the window and the step together may begin anywhere in a page
+        return min(pages, -(-(self.window + num_new - 2) // self.page_size) + 1)
+
+
+def capacity(groups: Iterable[GroupInfo], max_num_new: int) -> int:
+    """Tokens of the longest sequence that page groups can hold alone, when a step computes at most `max_num_new` of them."""
+
+    def tokens(group: GroupInfo) -> int:
+        any_length = group.most_pages(NO_LIMIT, max_num_new) <= group.num_units
+        return NO_LIMIT if any_length else group.num_units * group.page_size
+
+    return min(map(tokens, groups), default=NO_LIMIT)
 
 
 class PagePool:
@@ -81,15 +109,21 @@ class PagePool:
 
 
 class KVCache:
-    """Pages and slots of running sequences. `page_tables[group]` is int32 [max_num_seqs, P], P the pages of `max_model_len` tokens."""
+    """Pages and slots of running sequences. `page_tables[group]` is int32 [max_num_seqs, P], P the pages of `max_model_len` tokens.
 
-    def __init__(self, groups: Mapping[str, GroupInfo], max_num_seqs: int, max_model_len: int, enable_prefix_caching: bool = True) -> None:
+    `max_num_new`: the most tokens that one step computes of a sequence (0: no limit), on which depends what a window needs.
+    """
+
+    def __init__(self, groups: Mapping[str, GroupInfo], max_num_seqs: int, max_model_len: int, enable_prefix_caching: bool = True,
+                 max_num_new: int = 0) -> None:  # fmt: skip
+        self.max_num_new = max_num_new or max_model_len
         self.groups = {name: g for name, g in groups.items() if g.kind == "page"}
         self.slot_groups = {name: g for name, g in groups.items() if g.kind == "slot"}
         self.pools = {name: PagePool(g.num_units) for name, g in self.groups.items()}
         self.page_tables = {name: np.zeros((max_num_seqs, -(-max_model_len // g.page_size)), np.int32) for name, g in self.groups.items()}
         self.num_rows = min([max_num_seqs, *(g.num_units for g in self.slot_groups.values())])
-        self.num_pages = {name: [0] * self.num_rows for name in self.groups}  # of each row
+        self.first_page = {name: [0] * self.num_rows for name in self.groups}  # that each row still holds
+        self.num_pages = {name: [0] * self.num_rows for name in self.groups}  # of each row, those that it let go included
         self._room = [0] * self.num_rows  # tokens for which every group has pages, of each row
         self.sequences: dict[int, Sequence] = {}  # by row
         self.prefix_queries = self.prefix_hits = 0  # tokens asked for, tokens found
@@ -97,7 +131,8 @@ class KVCache:
         self._free_rows = list(range(self.num_rows - 1, -1, -1))
         sizes = [g.page_size for g in self.groups.values()]
         self._stride = math.lcm(*sizes)  # a prefix ends where a page of every group ends
-        self._boundary = math.gcd(*sizes)  # pages end only at multiples of it
+        self._boundary = math.gcd(*sizes) or 1  # pages end only at multiples of it
+        self._slides = any(g.window for g in self.groups.values())
 
     def _why_off(self, enable_prefix_caching: bool) -> str:
         """Why prefixes are not reused; "" when they are."""
@@ -110,44 +145,60 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens that one sequence can have in the cache when it is alone."""
-        return min((g.num_units * g.page_size for g in self.groups.values()), default=2**31 - 1)
+        return capacity(self.groups.values(), self.max_num_new)
 
     def match(self, seq: Sequence) -> int:
-        """Tokens at the start of `seq` whose pages every group holds; at most all but the last, which must be computed."""
+        """Tokens at the start of `seq` that need not be computed; at most all but the last, whose logits are needed.
+
+        Of a group without a window all their pages are there, of one with a window those that the next token attends to.
+        """
         if self.prefix_caching_off or seq.wants_prompt_logprobs:
             return 0
-        limit = len(seq.token_ids) - 1
-        found = limit
+        found = len(seq.token_ids) - 1
         for name, group in self.groups.items():
-            pages = self.pools[name].page_of
-            hashes = self._hashes(seq, group.page_size, limit // group.page_size)
-            count = next((i for i, h in enumerate(hashes) if h not in pages), len(hashes))
-            found = min(found, count * group.page_size)
-        return found - found % self._stride
+            if not group.window:
+                pages = self.pools[name].page_of
+                hashes = self._hashes(seq, group.page_size, found // group.page_size)
+                count = next((i for i, h in enumerate(hashes) if h not in pages), len(hashes))
+                found = min(found, count * group.page_size)
+        found -= found % self._stride
+        # for each number of pages, how many of the last of them are there without a gap
+        runs: list[tuple[GroupInfo, list[int]]] = []
+        for name, group in self.groups.items():
+            if group.window:
+                known = [h in self.pools[name].page_of for h in self._hashes(seq, group.page_size, found // group.page_size)]
+                runs.append((group, list(accumulate(known, lambda run, here: run + 1 if here else 0, initial=0))))
+        while any(run[n := found // group.page_size] < n - group.first_page(found) for group, run in runs):
+            found -= self._stride
+        return found
 
     def admit(self, seq: Sequence, spare: int = 0) -> bool:
         """Give `seq` a row and the pages of its known prefix, and set `num_computed` to the prefix' length.
 
-        False, and nothing changes, when there is no row or some group could not hold all its tokens and `spare` more pages.
+        False, and nothing changes, when there is no row or some group could not hold what its tokens need and `spare` more pages.
         """
         if not self._free_rows:
             return False
         found = self.match(seq)
         shared: dict[str, list[int]] = {}
         for name, group in self.groups.items():
-            pool = self.pools[name]
-            hashes = self._hashes(seq, group.page_size, found // group.page_size) if found else []
+            pool, first, last = self.pools[name], group.first_page(found), found // group.page_size
+            hashes = self._hashes(seq, group.page_size, last)[first:] if found else []
             shared[name] = [pool.page_of[h] for h in hashes]
             idle = sum(pool.refs[p] == 0 for p in shared[name])
-            if -(-len(seq.token_ids) // group.page_size) - len(hashes) + spare > pool.num_available - idle:
+            length = len(seq.token_ids)
+            wanted = -(-length // group.page_size) - last + idle
+            if min(wanted, group.most_pages(length, self.max_num_new)) + spare > pool.num_available:
                 return False
         seq.row = row = self._free_rows.pop()
         self.sequences[row] = seq
         for name, pages in shared.items():
             for page in pages:
                 self.pools[name].share(page)
-            self.page_tables[name][row, : len(pages)] = pages
-            self.num_pages[name][row] = len(pages)
+            first, last = self.groups[name].first_page(found), found // self.groups[name].page_size
+            self.page_tables[name][row, :first] = pages[0] if pages else 0
+            self.page_tables[name][row, first:last] = pages
+            self.first_page[name][row], self.num_pages[name][row] = first, last
         self._room[row] = seq.num_computed = found
         if seq.num_cached < 0:
             seq.num_cached = found
@@ -176,16 +227,30 @@ class KVCache:
         return True
 
     def commit(self, seq: Sequence, num_new: int) -> None:
-        """`num_new` more tokens of `seq` have their KV in the pages: the pages that became full can be found from now on."""
+        """`num_new` more tokens of `seq` have their KV in the pages.
+
+        The pages that became full can be found from now on, and those that no later token attends to are let go.
+        """
         before, seq.num_computed = seq.num_computed, seq.num_computed + num_new
-        if self.prefix_caching_off or before // self._boundary == seq.num_computed // self._boundary:
+        if before // self._boundary == seq.num_computed // self._boundary and not self._slides:
             return
         for name, group in self.groups.items():
             first, last = before // group.page_size, seq.num_computed // group.page_size
-            if first < last:
+            if first < last and not self.prefix_caching_off:
                 hashes = self._hashes(seq, group.page_size, last)
                 for page, page_hash in zip(self.page_tables[name][seq.row, first:last].tolist(), hashes[first:], strict=True):
                     self.pools[name].name(page, page_hash)
+            if group.window:
+                self._slide(name, seq.row, group.first_page(seq.num_computed))
+
+    def _slide(self, name: str, row: int, first: int) -> None:
+        """Let go of the pages before `first`."""
+        held, table = self.first_page[name][row], self.page_tables[name][row]
+        if held < first:
+            for page in table[held:first].tolist():
+                self.pools[name].release(page)
+            self.first_page[name][row] = first
+            table[:first] = table[first] if first < self.num_pages[name][row] else 0
 
     def release(self, seq: Sequence) -> None:
         """Take back the row and every page of `seq`; its full pages stay findable until their memory is needed."""
@@ -195,9 +260,13 @@ class KVCache:
         self._free_rows.append(row)
         for name, pool in self.pools.items():
             # The end of a prefix is of use only with its beginning: let it go first.
-            for page in reversed(self.page_tables[name][row, : self.num_pages[name][row]].tolist()):
+            for page in reversed(self._held(name, row)):
                 pool.release(page)
-            self.num_pages[name][row] = 0
+            self.first_page[name][row] = self.num_pages[name][row] = 0
+
+    def _held(self, name: str, row: int) -> list[int]:
+        """The pages of a row, in order of their tokens, from `first_page` on."""
+        return self.page_tables[name][row, self.first_page[name][row] : self.num_pages[name][row]].tolist()
 
     def _hashes(self, seq: Sequence, page_size: int, count: int) -> list[bytes]:
         """The names of the first `count` pages, each of all tokens up to its end and of the request's keys."""
@@ -215,18 +284,25 @@ class KVCache:
         rows = sorted([*self._free_rows, *self.sequences])
         assert rows == list(range(self.num_rows)), f"rows {rows}"
         for name, pool in self.pools.items():
-            size = self.groups[name].page_size
+            group = self.groups[name]
             refs: Counter[int] = Counter()
+            tokens_of: dict[int, bytes] = {}  # of shared pages
             for row, seq in self.sequences.items():
                 assert seq.row == row
-                pages = self.page_tables[name][row, : self.num_pages[name][row]].tolist()
+                first, pages = self.first_page[name][row], self._held(name, row)
                 assert len(set(pages)) == len(pages), f"{name}: a page twice in row {row}"
-                assert len(pages) * size >= self._room[row] >= seq.num_computed, f"{name}: row {row} has {len(pages)} pages for {seq.num_computed} tokens"
+                room = self._room[row]
+                assert (first + len(pages)) * group.page_size >= room >= seq.num_computed, f"{name}: row {row} lacks pages of {seq.num_computed} tokens"
+                assert first == group.first_page(seq.num_computed), f"{name}: row {row} holds pages from {first} on after {seq.num_computed} tokens"
+                assert set(self.page_tables[name][row, :first]) <= {*pages[:1], *([] if pages else [0])}, f"{name}: row {row} points at pages of others"
                 refs.update(pages)
-                for i, page in enumerate(pages):
+                for i, page in enumerate(pages, first):
                     named = pool.hash_of.get(page)
-                    assert named is None or named == self._hashes(seq, size, i + 1)[i], f"{name}: page {page} of row {row} has another prefix"
-                    assert refs[page] == 1 or named is not None, f"{name}: page {page} is shared without a name"
+                    if named is not None or pool.refs[page] > 1:
+                        assert (i + 1) * group.page_size <= seq.num_computed, f"{name}: page {page} of row {row} is shared or named before it is full"
+                        tokens = self._hashes(seq, group.page_size, i + 1)[i]
+                        assert named in (None, tokens), f"{name}: page {page} of row {row} has another prefix"
+                        assert tokens_of.setdefault(page, tokens) == tokens, f"{name}: page {page} is shared between prefixes"
             assert refs == Counter({p: n for p, n in enumerate(pool.refs) if n}), f"{name}: references"
             assert sorted([*refs, *pool.idle, *pool.free]) == list(range(len(pool.refs))), f"{name}: a page is lost or in two places"
             assert pool.page_of == {h: p for p, h in pool.hash_of.items()}, f"{name}: names"

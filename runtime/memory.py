@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
 from ingot.artifacts.artifact import Artifact
 from ingot.ops.errors import IngotError
+
+from .kv_cache import NO_LIMIT, GroupInfo, capacity
 
 CPU_CACHE_BYTES = 4 << 30
 """The KV cache takes at most this much on a CPU, and at most half of what is free."""
@@ -35,40 +39,79 @@ class MemoryPlan:
 def plan_memory(artifact: Artifact, arena_bytes: int, *, max_model_len: int | None, utilization: float, num_pages: int | None) -> MemoryPlan:
     """Divide the device's memory. `num_pages` overrides the number of pages of each page group.
 
+    A group with a window holds of each sequence the window and what a step computes, whatever the sequence's length.
+
     Raises MemoryPlanError when weights and arena leave no room, or a sequence of `max_model_len` tokens does not fit the pages.
     """
     manifest = artifact.manifest
     weight_bytes = sum(torch.empty(0, dtype=getattr(torch, w.dtype)).itemsize * _numel(w.shape) for w in manifest.weights)
     slots = manifest.options.max_num_seqs
     slot_bytes = sum(g.bytes_per_unit * slots for g in manifest.groups if g.kind == "slot")
-    paged = [g for g in manifest.groups if g.kind == "page"]
-    page_bytes = sum(g.bytes_per_unit for g in paged)
-    page_size = paged[0].page_size if paged else 1
+    paged = [GroupInfo("page", g.page_size, 0, g.window) for g in manifest.groups if g.kind == "page"]
+    page_bytes = [g.bytes_per_unit for g in manifest.groups if g.kind == "page"]
     longest = min(max_model_len or manifest.model.max_model_len, manifest.model.max_model_len)
     if max_model_len is not None and max_model_len > manifest.model.max_model_len:
         raise MemoryPlanError(f"--max-model-len {max_model_len} is more than the {manifest.model.max_model_len} positions that {manifest.model.name} has")
     free, where = _free(artifact.manifest.target.kind, utilization, weight_bytes)
     room = free - weight_bytes - arena_bytes - slot_bytes
-    wanted = slots * -(-longest // page_size)
-    if paged and num_pages is None:
-        num_pages = min(wanted, room // page_bytes) if room > 0 else 0
-    capacity = (num_pages or 0) * page_size
-    if room < 0 or (paged and capacity < min(longest, LEAST_TOKENS)):
-        need = weight_bytes + arena_bytes + slot_bytes + page_bytes * -(-min(longest, LEAST_TOKENS) // page_size)
+    pages = _Pages(paged, page_bytes, slots, manifest.options.max_num_batched_tokens)
+    units = [num_pages] * len(paged) if num_pages is not None else pages.within(room, longest)
+    holds = min(longest, pages.capacity(units))
+    if room < 0 or holds < min(longest, LEAST_TOKENS):
+        need = weight_bytes + arena_bytes + slot_bytes + pages.bytes(pages.least(min(longest, LEAST_TOKENS)))
         raise MemoryPlanError(
             f"{manifest.model.name} does not fit: weights {_gb(weight_bytes)}, arena {_gb(arena_bytes)} and the smallest cache need {_gb(need)}, "
             f"{where} has {_gb(free)} for it: {_gb(need - free)} are missing; compile with a smaller --max-num-batched-tokens or quantize"
         )
-    if paged and capacity < longest:
-        if max_model_len is not None:
-            short = (longest - capacity) * page_bytes // page_size
-            raise MemoryPlanError(
-                f"a sequence of --max-model-len {longest} tokens takes {_gb(longest * page_bytes // page_size)} of KV cache, "
-                f"{_gb(short)} more than {where} has left; use --max-model-len {capacity} or less"
-            )
-        longest = capacity
-    units = {g.name: (slots if g.kind == "slot" else num_pages or 0) for g in manifest.groups}
-    return MemoryPlan(units, longest, weight_bytes, arena_bytes, sum(g.bytes_per_unit * units[g.name] for g in manifest.groups))
+    if holds < longest and max_model_len is not None:
+        wanted = pages.bytes(pages.least(longest))
+        raise MemoryPlanError(
+            f"a sequence of --max-model-len {longest} tokens takes {_gb(wanted)} of KV cache, "
+            f"{_gb(wanted - pages.bytes(pages.least(holds)))} more than {where} has left; use --max-model-len {holds} or less"
+        )
+    left = iter(units)
+    num_units = {g.name: slots if g.kind == "slot" else next(left) for g in manifest.groups}
+    return MemoryPlan(num_units, holds, weight_bytes, arena_bytes, slot_bytes + pages.bytes(units))
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """How many pages each of the page groups should have, when a step computes `max_num_new` tokens of at most `max_num_seqs` sequences."""
+
+    groups: list[GroupInfo]
+    page_bytes: list[int]
+    max_num_seqs: int
+    max_num_new: int
+
+    def bytes(self, units: list[int]) -> int:
+        return sum(n * size for n, size in zip(units, self.page_bytes, strict=True))
+
+    def capacity(self, units: list[int]) -> int:
+        """Tokens of the longest sequence that these pages hold."""
+        return capacity([replace(g, num_units=n) for g, n in zip(self.groups, units, strict=True)], self.max_num_new)
+
+    def least(self, num_tokens: int) -> list[int]:
+        """What one sequence of `num_tokens` needs."""
+        return [g.most_pages(num_tokens, self.max_num_new) for g in self.groups]
+
+    def shared(self, num_tokens: int) -> list[int]:
+        """What `num_tokens` need, however many sequences they belong to: of a window no more than all sequences and a step can use."""
+        enough = [self.max_num_seqs * g.most_pages(num_tokens, 1) + -(-self.max_num_new // g.page_size) for g in self.groups]
+        return [min(-(-num_tokens // g.page_size), n if g.window else NO_LIMIT) for g, n in zip(self.groups, enough, strict=True)]
+
+    def within(self, room: int, longest: int) -> list[int]:
+        """The most that `room` bytes hold. Sequences of `longest` tokens come first: windows get less where one would not fit otherwise."""
+
+        def most(units_of: Callable[[int], list[int]], limit: int) -> int:
+            return bisect_right(range(limit + 1), room, key=lambda n: self.bytes(units_of(n))) - 1
+
+        shared = self.shared(max(most(self.shared, self.max_num_seqs * longest), 0))
+        if self.capacity(shared) >= longest:
+            return shared
+        least = self.least(max(most(self.least, longest), 0))
+        windows = [n - have if g.window else 0 for g, n, have in zip(self.groups, self.shared(self.max_num_seqs * longest), least, strict=True)]
+        share = (room - self.bytes(least)) / max(self.bytes(windows), 1)
+        return [n + int(more * min(max(share, 0), 1)) for n, more in zip(least, windows, strict=True)]
 
 
 def _free(kind: str, utilization: float, weight_bytes: int) -> tuple[int, str]:

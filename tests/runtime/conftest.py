@@ -33,7 +33,9 @@ class RecallExecutor:
         return self._logits([self._key(name, values) for name in self.info.groups])
 
     def _key(self, name: str, values: np.ndarray) -> int:
-        return int((values * self.weights[name][: len(values)] % PRIME).sum() % PRIME)
+        """Of all these tokens, or of those in the group's window."""
+        first = max(0, len(values) - self.info.groups[name].window) if self.info.groups[name].window else 0
+        return int((values[first:] * self.weights[name][first : len(values)] % PRIME).sum() % PRIME)
 
     def _logits(self, keys: list[int]) -> np.ndarray:
         return np.random.default_rng(keys).normal(0, 2, VOCAB).astype(np.float32)
@@ -79,11 +81,12 @@ class RecallExecutor:
         return sample(torch.from_numpy(logits), SamplingRows.from_batch(batch)).first(R).to_host()
 
 
-GROUPS: dict[str, dict[str, tuple[str, int]]] = {
-    "full": {"full": ("page", 4)},
-    "full and window": {"full": ("page", 8), "window6": ("page", 4)},
-    "pages and slots": {"full": ("page", 4), "slot": ("slot", 0)},
-    "slots": {"slot": ("slot", 0)},
+GROUPS: dict[str, dict[str, tuple[str, int, int]]] = {
+    "full": {"full": ("page", 4, 0)},
+    "full and window": {"full": ("page", 8, 0), "window6": ("page", 4, 6)},
+    "windows": {"window6": ("page", 4, 6), "window9": ("page", 4, 9)},
+    "pages and slots": {"full": ("page", 4, 0), "slot": ("slot", 0, 0)},
+    "slots": {"slot": ("slot", 0, 0)},
 }
 
 
@@ -95,7 +98,7 @@ class Recall:
     def engine(self, groups: str = "full", *, tokens: int = 2048, max_num_seqs: int = 24, chunk: int | None = None, max_model_len: int = 120,
                max_num_rows: int = 0, eos: tuple[int, ...] = (), tokenizer: object = None, **options: object) -> Engine:  # fmt: skip
         """`tokens`: what each page group holds; `chunk`: the budget of a step, which the executor limits to 256."""
-        infos = {n: GroupInfo(k, p, tokens // p if k == "page" else max_num_seqs) for n, (k, p) in GROUPS[groups].items()}
+        infos = {n: GroupInfo(k, p, tokens // p if k == "page" else max_num_seqs, w) for n, (k, p, w) in GROUPS[groups].items()}
         info = ExecutorInfo(infos, max_num_seqs, 256, max_model_len, VOCAB, max_num_rows)
         model = ModelInfo("recall", "Recall", "recall", VOCAB, max_model_len, eos, "float32", 0)
         return Engine(RecallExecutor(info), tokenizer, model, max_num_batched_tokens=chunk, **options)  # type: ignore[arg-type]

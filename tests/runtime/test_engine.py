@@ -11,7 +11,7 @@ from ingot.runtime.request import Request, RequestError, SamplingParams
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
-@pytest.mark.parametrize("groups", ["full", "full and window", "pages and slots", "slots"])
+@pytest.mark.parametrize("groups", ["full", "full and window", "windows", "pages and slots", "slots"])
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 @pytest.mark.parametrize(
     ("tokens", "chunk", "together"), [(2048, 256, False), (2048, 256, True), (2048, 16, True), (88, 256, True), (88, 16, True), (160, 23, True)]

@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ingot.runtime.kv_cache import GroupInfo, KVCache
 from ingot.runtime.request import Request, SamplingParams, Sequence
 
-PAGES = {"full": GroupInfo("page", 4, 12), "window8": GroupInfo("page", 2, 30, window=8)}
-MAX_LEN, MAX_SEQS = 40, 5
+PAGES = {"full": GroupInfo("page", 4, 14), "window7": GroupInfo("page", 2, 22, window=7), "window3": GroupInfo("page", 2, 11, window=3)}
+MAX_LEN, MAX_SEQS, MAX_NEW = 40, 5, 9
 
 
 def sequence(tokens: list[int], keys: tuple[str, ...] = (), **params: object) -> Sequence:
@@ -25,13 +25,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = KVCache(PAGES, MAX_SEQS, MAX_LEN)
+        self.cache = KVCache(PAGES, MAX_SEQS, MAX_LEN, max_num_new=MAX_NEW)
         self.running: list[Sequence] = []
         self.written: dict[str, dict[int, list[object]]] = {name: {} for name in PAGES}
 
     @rule(stem=st.integers(0, 2), length=st.integers(1, 30), tail=st.lists(st.integers(0, 1), max_size=4), keys=st.sampled_from([(), ("salt",)]),
-          spare=st.integers(0, 3), scores=st.booleans())  # fmt: skip
-    def admit(self, stem: int, length: int, tail: list[int], keys: tuple[str, ...], spare: int, scores: bool) -> None:
+          spare=st.integers(0, 3), scores=st.booleans(), steps=st.booleans())  # fmt: skip
+    def admit(self, stem: int, length: int, tail: list[int], keys: tuple[str, ...], spare: int, scores: bool, steps: bool) -> None:
         seq = sequence([(stem * i) % 3 for i in range(length)] + tail, keys, prompt_logprobs=0 if scores else None)
         before = {n: p.num_available for n, p in self.cache.pools.items()}
         if not self.cache.admit(seq, spare):
@@ -41,23 +41,30 @@ class CacheMachine(RuleBasedStateMachine):
         self.running.append(seq)
         assert 0 <= seq.num_computed < len(seq.token_ids)
         assert seq.num_computed == 0 or not scores or len(seq.token_ids) == 1
-        assert self.cache.grow(seq, len(seq.token_ids))  # what admission promised
-        for name, pool in self.cache.pools.items():
-            assert pool.num_available >= spare, name
+        if not steps:
+            return
+        while seq.num_computed < len(seq.token_ids):  # what admission promised
+            assert self._compute(seq, MAX_NEW)
+            for name, pool in self.cache.pools.items():
+                assert pool.num_available >= spare, name
 
     @precondition(lambda self: self.running)
-    @rule(which=st.integers(0, MAX_SEQS), count=st.integers(1, 9))
+    @rule(which=st.integers(0, MAX_SEQS), count=st.integers(1, MAX_NEW))
     def compute(self, which: int, count: int) -> None:
-        seq = self.running[which % len(self.running)]
+        self._compute(self.running[which % len(self.running)], count)
+
+    def _compute(self, seq: Sequence, count: int) -> bool:
         count = min(count, len(seq.token_ids) - seq.num_computed)
         if not self.cache.grow(seq, seq.num_computed + count):
-            return
+            return False
+        self.every_token_that_is_still_seen_is_in_its_page()
         for name, group in PAGES.items():
             for t in range(seq.num_computed, seq.num_computed + count):
                 page = int(self.cache.page_tables[name][seq.row, t // group.page_size])
                 entries = self.written[name].setdefault(page, [None] * group.page_size)
                 entries[t % group.page_size] = (seq.request.cache_keys, tuple(seq.token_ids[: t + 1]))
         self.cache.commit(seq, count)
+        return True
 
     @precondition(lambda self: self.running)
     @rule(which=st.integers(0, MAX_SEQS), token=st.integers(0, 1))
@@ -76,13 +83,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
 
     @invariant()
-    def every_computed_token_is_in_its_page(self) -> None:
+    def every_token_that_is_still_seen_is_in_its_page(self) -> None:
         for seq in self.running:
             for name, group in PAGES.items():
-                for t in range(seq.num_computed):
+                for t in range(max(0, seq.num_computed - group.window + 1) if group.window else 0, seq.num_computed):
                     page = int(self.cache.page_tables[name][seq.row, t // group.page_size])
                     expected = (seq.request.cache_keys, tuple(seq.token_ids[: t + 1]))
                     assert self.written[name][page][t % group.page_size] == expected
+
+    @invariant()
+    def a_window_holds_no_more_than_it_needs(self) -> None:
+        for seq in self.running:
+            for name, group in PAGES.items():
+                held = self.cache.num_pages[name][seq.row] - self.cache.first_page[name][seq.row]
+                assert held <= group.most_pages(MAX_LEN, MAX_NEW)
 
 
 TestCacheMachine = CacheMachine.TestCase
@@ -92,9 +106,15 @@ TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, de
 def fill(cache: KVCache, tokens: list[int], **request: object) -> Sequence:
     seq = sequence(tokens, **request)
     assert cache.admit(seq)
-    assert cache.grow(seq, len(tokens))
-    cache.commit(seq, len(tokens) - seq.num_computed)
+    advance(cache, seq)
     return seq
+
+
+def advance(cache: KVCache, seq: Sequence, step: int = 64) -> None:
+    """Compute what is left, `step` tokens at a time."""
+    while left := min(step, len(seq.token_ids) - seq.num_computed):
+        assert cache.grow(seq, seq.num_computed + left)
+        cache.commit(seq, left)
 
 
 def test_the_last_token_is_never_taken_from_the_cache():
@@ -171,9 +191,52 @@ def test_integrity_sees_a_lost_and_a_wrongly_shared_page():
     table = cache.page_tables["full"]
     kept = table.copy()
     table[a.row, 1] = table[b.row, 1]
-    with pytest.raises(AssertionError, match=r"full: page \d+ is shared without a name"):
+    with pytest.raises(AssertionError, match="full: references"):
         cache.check_integrity()
     table[:] = kept
     cache.pools["full"].free.pop()
     with pytest.raises(AssertionError, match="full: a page is lost"):
         cache.check_integrity()
+
+
+def test_pages_behind_the_window_are_let_go():
+    cache = KVCache({"full": GroupInfo("page", 4, 32), "window6": GroupInfo("page", 4, 5, window=6)}, 2, 128, max_num_new=8)
+    seq = fill_by(cache, list(range(100)), 8)
+    assert (cache.first_page["window6"][seq.row], cache.num_pages["window6"][seq.row]) == (23, 25)  # 95 … 99 are seen by token 100
+    assert cache.pools["window6"].num_used == 2
+    assert cache.pools["full"].num_used == 25
+    row = cache.page_tables["window6"][seq.row]
+    assert set(row[:24].tolist()) == {row[23]}
+    cache.check_integrity()
+
+
+def fill_by(cache: KVCache, tokens: list[int], step: int) -> Sequence:
+    seq = sequence(tokens)
+    assert cache.admit(seq)
+    advance(cache, seq, step)
+    return seq
+
+
+def test_a_sequence_longer_than_a_windows_pool_runs_alone():
+    groups = {"window6": GroupInfo("page", 4, 5, window=6)}
+    assert KVCache(groups, 2, 1000, max_num_new=8).capacity > 1000  # 6 + 8 − 2 tokens after the first touch 4 pages
+    assert KVCache(groups, 2, 1000, max_num_new=16).capacity == 20  # a step alone takes 4, and its window 2 more
+    seq = fill_by(KVCache(groups, 1, 1000, max_num_new=8), list(range(900)), 8)
+    assert seq.num_computed == 900
+
+
+def test_a_prefix_needs_the_window_before_its_end_and_no_more():
+    cache = KVCache({"full": GroupInfo("page", 4, 64), "window6": GroupInfo("page", 4, 12, window=6)}, 2, 128, max_num_new=8)
+    tokens = list(range(40))
+    cache.release(fill_by(cache, tokens, 8))
+    assert cache.match(sequence([*tokens, 1])) == 40
+    assert cache.match(sequence([*tokens[:30], 1])) == 28
+    other = fill_by(cache, [5] * 33, 8)  # takes the windows' pages, from the earliest on
+    assert cache.match(sequence([*tokens[:9], 1])) == 0
+    assert cache.match(sequence([*tokens[:30], 1])) == 0
+    assert cache.match(sequence([*tokens, 1])) == 40  # 35 … 39 are still there
+    seq = sequence([*tokens, *range(7)])
+    assert cache.admit(seq)
+    assert (seq.num_cached, cache.first_page["window6"][seq.row], cache.num_pages["window6"][seq.row]) == (40, 8, 10)
+    cache.check_integrity()
+    cache.release(other)

@@ -40,8 +40,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        groups = {"full": GroupInfo("page", 4, 14), "window8": GroupInfo("page", 2, 26)}
-        self.scheduler = Scheduler(KVCache(groups, SEQS, 64), max_num_seqs=SEQS, max_num_batched_tokens=TOKENS, max_num_rows=ROWS)
+        groups = {"full": GroupInfo("page", 4, 14), "window7": GroupInfo("page", 2, 17, window=7)}
+        self.scheduler = Scheduler(KVCache(groups, SEQS, 64, max_num_new=TOKENS), max_num_seqs=SEQS, max_num_batched_tokens=TOKENS, max_num_rows=ROWS)
         self.alive: list[Sequence] = []
         self.number = 0
 
