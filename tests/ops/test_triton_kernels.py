@@ -295,7 +295,7 @@ def test_every_family_has_cases():
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, cases in CASES.items() for name in cases])
-def test_agrees_with_the_reference(op, name, dtype, machine):
+def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     device, target, maker = machine
     case = CASES[op][name]
     call = case.call(op, dtype)
@@ -303,7 +303,7 @@ def test_agrees_with_the_reference(op, name, dtype, machine):
     assert candidates
     assert len({c.name for c in candidates}) == len(candidates)
     for candidate in candidates if dtype == BF16 else candidates[:1]:
-        inputs = case.inputs(call, device)
+        inputs = let_go(call, case.inputs(call, device))
         before = {n: inputs[n].clone() for n in OPS[op].states}
         outputs, run = bind(candidate, call, inputs, case.sizes, [maker.kernel(launch.source) for launch in candidate.launches])
         run()
