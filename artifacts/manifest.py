@@ -75,6 +75,7 @@ class Options(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     deterministic: bool
     dummy_weights: bool
+    quantize_exclude: tuple[str, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -32,6 +32,7 @@ from ingot.ops.target import Target, here, resolve
 from .codegen.emit import Emitter
 from .pipeline import count, lower
 from .plan import dtype_name, plan
+from .quantization import choose_online, num_elements, quantize_weights
 from .select import Selection, select
 from .variants import PAGE_SIZE, VariantSpec, variants
 from .weights import bind, described, pack
@@ -50,6 +51,7 @@ class CompileOptions:
     target: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"
+    quantize_exclude: str = ""
     kv_cache_dtype: str = "auto"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -107,8 +109,11 @@ class _Job:
         found = source.resolve(model, trust_remote_code=options.trust_remote_code)
         target = resolve(options.target)
         config = found.config
+        exclude = tuple(e for e in options.quantize_exclude.split(",") if e)
         if options.quantize != "none":
-            raise CompileError(f"--quantize {options.quantize} is unknown: this version knows none")
+            choose_online(options.quantize, target, exclude)  # an unknown name is found here
+        elif exclude:
+            raise CompileError("--quantize-exclude names weights that --quantize leaves alone; give --quantize too")
         if options.deterministic:
             raise CompileError("--deterministic is not available yet: reduction orders depend on the kernels that a step's size selects; compile without it")
         if options.kv_cache_dtype not in ("auto", options.dtype, *DTYPES):
@@ -120,6 +125,7 @@ class _Job:
         resolved = Options(
             dtype=dtype_name(dtype),
             quantize=options.quantize,
+            quantize_exclude=exclude,
             kv_cache_dtype=kv_dtype,
             max_num_seqs=options.max_num_seqs or (256 if on_gpu else 64),
             max_num_batched_tokens=options.max_num_batched_tokens or (8192 if on_gpu else 512),
@@ -156,6 +162,8 @@ class _Job:
         done("prepare")
         progress("trace", 0.0)
         traced = trace(self.source.config, dtype=self.dtype, kv_dtype=DTYPES[self.options.kv_cache_dtype], page_size=PAGE_SIZE)
+        if self.options.quantize != "none":
+            traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
         traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
         done("trace")
         progress("lower", 0.0)
@@ -223,7 +231,7 @@ class _Job:
             max_model_len=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
             eos_token_ids=tuple(self.source.eos_token_ids),
             dtype=self.options.dtype,
-            num_parameters=sum(_product(w.shape) for w in graph.weights.values() if w.recipe.op != "constant"),
+            num_parameters=sum(num_elements(w) for w in graph.weights.values() if w.recipe.op != "constant"),
         )
 
 

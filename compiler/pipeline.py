@@ -15,6 +15,7 @@ from .passes.fuse_residual import fuse_residual
 from .passes.fuse_rope_kv import fuse_rope_kv
 from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
+from .passes.quantize_linears import quantize_linears
 
 Pass = Callable[[Graph, Target], Graph]
 
@@ -25,6 +26,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_rope_kv,  # needs the merged QKV
     fuse_residual,
     fuse_add_norm,  # takes the residual sums that no linear could
+    quantize_linears,  # needs the linears that will be
     group_regions,  # last: what is still aten then, nothing else will compute
 )
 

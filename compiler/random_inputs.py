@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ingot.ops import dummy, formats
 from ingot.ops.dims import Dim, evaluate
 from ingot.ops.kernel import Call, Steps, Tensor
 
@@ -53,6 +54,9 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if not isinstance(arg, Tensor):
         return evaluate(arg, sizes) if isinstance(arg, dict) else arg
     shape = [evaluate(d, sizes) for d in arg.shape]
+    if call.op == "quantized_linear" and name in ("weight", "scale", "zero"):
+        mean, std = formats.get(call.args["format"]).moments(name, call.args["x"].shape[-1]) if arg.dtype.is_floating_point else (0.0, 1.0)
+        return dummy.generate(int(torch.randint(0, 1 << 30, (1,), generator=generator)), mean, std, tuple(shape), arg.dtype, device)
     if not arg.dtype.is_floating_point:
         value = batch[name] if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
         return value.to(arg.dtype).to(device).contiguous()

@@ -23,7 +23,7 @@ def bind(graph: Graph, checkpoint: Checkpoint | None, config: Any) -> dict[str, 
     """
     if checkpoint is None:
         return graph.weights
-    parameters = {w.recipe.params[0]: (w.shape, w.dtype) for w in graph.weights.values() if w.recipe.op == "tensor"}
+    parameters = {source: (w.shape, w.dtype) for w in graph.weights.values() for source in w.recipe.sources}
     found = recipes(checkpoint, config, parameters)
     return {n: replace(w, recipe=_substitute(w.recipe, found)) for n, w in graph.weights.items()}
 
@@ -47,6 +47,8 @@ def described(graph: Graph, checkpoint: Checkpoint | None) -> dict[str, tuple[st
 def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, progress: Callable[[float], None]) -> float:
     """Write every weight of `graph`, whose recipes are bound when there is a checkpoint, to the artifact; returns GB/s of the writing."""
     out = writer.weights()
+    memo: dict[Any, Any] = {}
+    made_from: tuple[Recipe, ...] = ()
     for i, (name, weight) in enumerate(graph.weights.items()):
         progress(i / len(graph.weights))
         recipe = final_recipe(name, weight, checkpoint)
@@ -55,6 +57,8 @@ def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, pr
         elif checkpoint is None or not recipe.sources:
             out.add(name, recipe.run({}, graph.constants).to(weight.dtype), recipe)
         else:
-            out.add(name, pack_tensor(recipe, checkpoint, graph.constants, weight.dtype), recipe)
+            if recipe.inputs != made_from:  # the parts of a weight follow one another
+                memo, made_from = {}, recipe.inputs
+            out.add(name, pack_tensor(recipe, checkpoint, graph.constants, weight.dtype, memo=memo), recipe)
     progress(1.0)
     return out.gigabytes_per_second

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ingot.ops import formats
 from ingot.ops.errors import IngotError
 from ingot.ops.graph import Recipe, Weight
 
@@ -171,8 +172,9 @@ def _read_header(file: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     return header, infos
 
 
-def pack(recipe: Recipe, checkpoint: Checkpoint, constants: Mapping[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight that `recipe` makes, contiguous and of `dtype`; written to `out` if given.
+def pack(recipe: Recipe, checkpoint: Checkpoint, constants: Mapping[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None,
+         memo: dict[Any, Any] | None = None) -> torch.Tensor:  # fmt: skip
+    """The weight that `recipe` makes, contiguous and of `dtype`; written to `out` if given. `memo`: see `Recipe.run`.
 
     Parts of a cat or stack are copied straight to their place, so that memory grows by the result alone.
     """
@@ -190,7 +192,7 @@ def pack(recipe: Recipe, checkpoint: Checkpoint, constants: Mapping[str, torch.T
             case "transpose":
                 pieces = (target.transpose(*r.params),)
             case _:
-                target.copy_(r.run(checkpoint.tensors, constants))
+                target.copy_(r.run(checkpoint.tensors, constants, memo))
                 return
         for part, piece in zip(r.inputs, pieces, strict=True):
             fill(part, piece)
@@ -208,6 +210,9 @@ def dummy(name: str, weight: Weight, seed: int) -> Recipe:
     if not weight.recipe.sources and weight.recipe.op != "seed":
         return weight.recipe
     own = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
+    if weight.recipe.op == "pack":
+        form, _, part, _, k, _ = weight.recipe.params
+        return Recipe("seed", (own, *(round(m, 9) for m in formats.get(form).moments(part, k))))
     if len(weight.shape) > 1:
         return Recipe("seed", (own, 0.0, round(weight.shape[-1] ** -0.5, 6)))
     mean = 0.0 if re.search(r"(bias|sinks|A_log)$", name) else 1.0

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from . import formats
 from .dialect import OPS
 from .dims import Dim, show
 from .errors import IngotError
@@ -49,8 +50,13 @@ class Recipe:
     """How a weight is made from checkpoint tensors: a small expression tree that can be read, stored and run anywhere.
 
     `op`: "tensor" (name) · "cat" (dim) · "stack" (dim) · "slice" (dim, begin, end) · "transpose" (dim0, dim1) ·
-    "reshape" (*shape) · "constant" (name of a tensor kept with the graph) · "seed" (seed, mean, std: dummy
-    weights, drawn by `ops.dummy.generate`; the shape is the weight's own, so it stands at the root).
+    "reshape" (*shape) · "index" (dim; the second input's numbers of the first) · "argsort" () · "constant" (name of a tensor kept
+    with the graph) · "seed" (seed, mean, std: dummy weights, drawn by `ops.dummy.generate`; the shape is the weight's own, so it
+    stands at the root).
+
+    Of quantized weights (`ops.formats`): "quantize" (format, part) of a float weight is a plain part · "dequantize" (format,
+    activation, dtype of scales, n, k) of plain parts, and a scale for activations if there is one, is a float weight [n, k] · "pack"
+    (format, layout, part, n, k, pieces) of plain parts is a packed part.
     """
 
     op: str
@@ -62,9 +68,12 @@ class Recipe:
         """Names of the checkpoint tensors it reads, in order."""
         return [self.params[0]] if self.op == "tensor" else [s for i in self.inputs for s in i.sources]
 
-    def run(self, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight, from checkpoint tensors by name."""
-        values = [i.run(tensors, constants) for i in self.inputs]
+    def run(self, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], memo: dict[Any, Any] | None = None) -> torch.Tensor:
+        """The weight, from checkpoint tensors by name. Parts that are made together are kept in `memo` for the next that asks."""
+        memo = {} if memo is None else memo
+        if self.op in ("quantize", "pack"):
+            return self._part(tensors, constants, memo)
+        values = [i.run(tensors, constants, memo) for i in self.inputs]
         match self.op:
             case "tensor":
                 return tensors[self.params[0]]
@@ -81,7 +90,28 @@ class Recipe:
                 return values[0].transpose(*self.params)
             case "reshape":
                 return values[0].reshape(self.params)
+            case "index":
+                return values[0].index_select(self.params[0], values[1])
+            case "argsort":
+                return values[0].argsort(stable=True)
+            case "dequantize":
+                form = formats.get(self.params[0])
+                return form.dequantize(dict(zip(form.parts, values, strict=False)))
         raise GraphError(f"recipe op {self.op!r} is unknown")
+
+    def _part(self, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], memo: dict[Any, Any]) -> torch.Tensor:
+        """One of the parts that "quantize" and "pack" make together."""
+        form = formats.get(self.params[0])
+        part = self.params[1] if self.op == "quantize" else self.params[2]
+        key = (self.op, form.name, *(() if self.op == "quantize" else (self.params[1], self.params[5])), self.inputs)
+        if key not in memo:
+            values = [i.run(tensors, constants, memo) for i in self.inputs]
+            if self.op == "quantize":
+                memo[key] = form.quantize(values[0])
+            else:
+                _, layout, _, _, _, pieces = self.params
+                memo[key] = formats.packed(dict(zip(form.parts, values, strict=True)), form.name, layout, pieces)
+        return memo[key][part]
 
 
 @dataclass(frozen=True)

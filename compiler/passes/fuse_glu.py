@@ -12,6 +12,7 @@ from ingot.ops import Graph, InputSpec
 from ingot.ops.target import Target
 
 from ..from_function import from_function
+from ..quantization import signature
 from .match import aten, calls, column_slice, drop_unused, ingot, replace
 from .merge_siblings import concatenate
 
@@ -48,6 +49,8 @@ def _two_linears(graph: Graph, gate: fx.Node, up: fx.Node, act: str) -> fx.Node 
     if gate.args[2] is not None or up.args[2] is not None or gate is up or len(gate.users) + len(up.users) > 2:
         return None
     if any(w.name not in graph.weights or len(w.users) > 1 for w in weights) or weights[0].meta["val"].shape != weights[1].meta["val"].shape:
+        return None
+    if signature(graph, weights[0]) != signature(graph, weights[1]):
         return None
     return graph.call(ingot.linear_glu.default, gate.args[0], concatenate(graph, weights), act)
 

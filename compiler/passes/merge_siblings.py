@@ -5,6 +5,8 @@ One pass over x and one launch serve all of them. A weight that has another read
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -12,6 +14,7 @@ from ingot.ops import Graph, InputSpec, Recipe, Weight
 from ingot.ops.target import Target
 
 from ..from_function import from_function
+from ..quantization import signature
 from .match import aten, calls, drop_unused, ingot
 
 MERGED_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
@@ -24,8 +27,9 @@ def merge_siblings(graph: Graph, target: Target) -> Graph:
         if calls(node, ingot.linear.default) and _mergeable(node, graph):
             siblings.setdefault(node.args[0], []).append(node)
     for group in siblings.values():
-        for kind in {_kind(n) for n in group}:
-            alike = [n for n in group if _kind(n) == kind]
+        kinds = {n: _kind(n, graph) for n in group}
+        for kind in dict.fromkeys(kinds.values()):
+            alike = [n for n in group if kinds[n] == kind]
             if len(alike) > 1:
                 _merge(graph, alike)
     return drop_unused(graph)
@@ -35,8 +39,9 @@ def _mergeable(node: fx.Node, graph: Graph) -> bool:
     return all(w is None or (w.name in graph.weights and len(w.users) == 1) for w in node.args[1:])
 
 
-def _kind(node: fx.Node) -> tuple[torch.dtype, bool]:
-    return node.args[1].meta["val"].dtype, node.args[2] is not None  # type: ignore[union-attr]
+def _kind(node: fx.Node, graph: Graph) -> tuple[Any, ...]:
+    """Equal for linears whose weights can be one."""
+    return node.args[1].meta["val"].dtype, node.args[2] is not None, signature(graph, node.args[1])  # type: ignore[union-attr, arg-type]
 
 
 def _merge(graph: Graph, nodes: list[fx.Node]) -> None:

@@ -28,8 +28,8 @@ def values(graph: Graph, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def weights(before: Graph, after: Graph) -> dict[str, torch.Tensor]:
-    tensors = {n: torch.randn(w.shape, dtype=w.dtype) for n, w in before.weights.items()}
-    return tensors | {n: w.recipe.run(tensors, after.constants) for n, w in after.weights.items()}
+    tensors = {source: torch.randn(w.shape, dtype=w.dtype) for w in before.weights.values() for source in w.recipe.sources}
+    return {n: w.recipe.run(tensors, g.constants) for g in (before, after) for n, w in g.weights.items()}
 
 
 @pytest.mark.parametrize("name", [p.__name__ for p in PIPELINE])
@@ -56,6 +56,7 @@ EXPECTED = {
     "fuse_residual": {"linear_add": 1},
     "fuse_add_norm": {"add_rms_norm": 1},
     "fuse_rope_kv": {"qkv_rope_kv_write": 1},
+    "quantize_linears": {"quantized_linear": 3},
     "group_regions": {"linear": 1},
     "clean_views": {},
 }

@@ -1,0 +1,142 @@
+"""Which weights of a traced graph are quantized, and to what; said as recipes, which the passes then carry along.
+
+A quantized weight is one whose recipe dequantizes parts. To everything that reads the graph it is an ordinary weight, until
+`passes/quantize_linears.py` lets kernels read the parts themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ingot.ops import Graph, Recipe, Weight, formats
+from ingot.ops.errors import IngotError
+from ingot.ops.target import Target
+
+
+class QuantizationError(IngotError):
+    """What is to be quantized contradicts itself, or the model."""
+
+
+_PRODUCTS = (torch.ops.ingot.linear.default, torch.ops.ingot.linear_add.default, torch.ops.ingot.linear_glu.default)
+ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight$")
+"""Weights that choose experts: a rounding there changes which expert a token gets, and they are small."""
+
+Choose = Callable[[str, bool], tuple[str, str] | None]
+"""(name of a weight, whether it is the LM head) → (format, activation), or None to leave it as it is."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a recipe that dequantizes is made of: plain parts in the format's order."""
+
+    format: str
+    activation: str
+    dtype: str  # of scales
+    n: int
+    k: int
+    parts: tuple[Recipe, ...]
+    input_scale: Recipe | None = None
+    order: Recipe | None = None  # the checkpoint's columns in the order of the parts', where that is not their own
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for weights whose parts can be joined into one weight's."""
+        alone = self.parts if self.n % formats.get(self.format).rows else None
+        return self.format, self.activation, self.dtype, self.k, self.input_scale, self.order, alone
+
+
+def read(recipe: Recipe) -> Quantized | None:
+    """The parts of a weight's recipe, through joins and slices of rows and permuted columns; None where there are none to be had."""
+    match recipe.op:
+        case "dequantize":
+            form, activation, dtype, n, k = recipe.params
+            count = len(formats.get(form).parts)
+            return Quantized(form, activation, dtype, n, k, recipe.inputs[:count], recipe.inputs[count] if len(recipe.inputs) > count else None)
+        case "index":
+            inner, (turn, order) = read(recipe.inputs[0]), (recipe.inputs[1].op, recipe.inputs[1].inputs)
+            if inner is not None and inner.order is None and recipe.params == (1,) and turn == "argsort":
+                return replace(inner, order=order[0])
+        case "cat":
+            pieces = [read(i) for i in recipe.inputs]
+            first = pieces[0]
+            if recipe.params == (0,) and first is not None and all(p is not None and p.signature == first.signature for p in pieces):
+                joined = tuple(Recipe("cat", (0,), parts) for parts in zip(*(p.parts for p in pieces), strict=True))
+                return replace(first, n=sum(p.n for p in pieces), parts=joined)
+        case "slice":
+            inner, (dim, begin, end) = read(recipe.inputs[0]), recipe.params
+            if inner is not None and dim == 0:
+                rows = formats.get(inner.format).rows
+                if begin % rows == 0 and (end % rows == 0 or end == inner.n):
+                    parts = tuple(Recipe("slice", (0, begin // rows if i else begin, -(-end // rows) if i else end), (p,)) for i, p in enumerate(inner.parts))
+                    return replace(inner, n=end - begin, parts=parts)
+    return None
+
+
+def signature(graph: Graph, weight: fx.Node) -> tuple[Any, ...] | None:
+    """Equal for weights that may be joined along their rows: those that are not quantized, and those whose parts can be."""
+    found = read(graph.weights[weight.name].recipe)
+    return None if found is None else found.signature
+
+
+def choose_online(method: str, target: Target, exclude: Sequence[str]) -> Choose:
+    """What `--quantize METHOD` does to each weight: `exclude` are regular expressions of names that stay. FormatError: METHOD is unknown."""
+    for pattern in exclude:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise QuantizationError(f"--quantize-exclude {pattern} is not a regular expression: {e}") from None
+    everywhere = formats.online(method, target)
+    head = formats.LM_HEAD.get(target.kind)
+
+    def choose(name: str, is_head: bool) -> tuple[str, str] | None:
+        if ROUTERS.search(name) or any(re.search(e, name) or (is_head and re.search(e, "lm_head.weight")) for e in exclude):
+            return None
+        if is_head:
+            return None if head is None else (head, formats.get(head).activation(target))
+        return everywhere
+
+    return choose
+
+
+def quantize_weights(graph: Graph, choose: Choose) -> Graph:
+    """The graph with quantized weights: those of linear layers for which `choose` names a format. A weight that something else reads as
+    well (a tied embedding) keeps its own values there."""
+    graph = graph.copy()
+    for node in list(graph.fx.nodes):
+        if node.target not in _PRODUCTS or node.args[1].name not in graph.weights:
+            continue
+        name, weight = node.args[1].name, graph.weights[node.args[1].name]
+        is_head = graph.dim(node.args[0].meta["val"].shape[0]) == {"R": 1}
+        chosen = choose(weight.recipe.sources[0], is_head) if weight.recipe.op == "tensor" else None
+        if chosen is None:
+            continue
+        quantized = replace(weight, recipe=quantized_recipe(weight, *chosen))
+        if all(user.target in _PRODUCTS and user.args[1] is node.args[1] for user in node.args[1].users):
+            graph.weights[name] = quantized
+        else:
+            node.update_arg(1, graph.add_weight(f"{name}_of_linear", quantized))
+    return graph
+
+
+def quantized_recipe(weight: Weight, form: str, activation: str) -> Recipe:
+    """A weight, rounded to a format and back."""
+    n, k = weight.shape
+    found = formats.get(form)
+    scales = found.quantize(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))["scale"].dtype
+    parts = tuple(Recipe("quantize", (form, part), (weight.recipe,)) for part in found.parts)
+    return Recipe("dequantize", (form, activation, str(scales).removeprefix("torch."), n, k), parts)
+
+
+def num_elements(weight: Weight) -> int:
+    """How many parameters a weight holds; scales are none."""
+    if weight.recipe.op != "pack":
+        return math.prod(weight.shape)
+    _, _, part, n, k, _ = weight.recipe.params
+    return n * k if part == "weight" else 0
