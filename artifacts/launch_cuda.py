@@ -33,23 +33,20 @@ class Launcher:
 
     function: CudaFunction
     grid: tuple[int, int, int]
-    parameters: Any  # void*[]: one address a parameter, each into `storage`
+    parameters: int  # address of a void*[]: one address a parameter, each into `storage`
     storage: Any
+    config: Any  # CUlaunchConfig of a kernel that may overlap with its predecessor, else None
 
     def launch(self, stream: int) -> None:
         """Enqueue on a CUDA stream (its address); an empty grid enqueues nothing. LaunchError if the driver refuses."""
         if 0 in self.grid:
             return
         f = self.function
-        if f.launch_pdl:
-            config = f.driver.CUlaunchConfig()
-            config.gridDimX, config.gridDimY, config.gridDimZ = self.grid
-            config.blockDimX, config.blockDimY, config.blockDimZ = f.num_threads, 1, 1
-            config.sharedMemBytes, config.hStream = f.shared_bytes, stream
-            config.attrs, config.numAttrs = [_overlap_with_previous(f.driver)], 1
-            result = f.driver.cuLaunchKernelEx(config, f.handle, ctypes.addressof(self.parameters), 0)
+        if self.config is not None:
+            self.config.hStream = stream
+            result = f.driver.cuLaunchKernelEx(self.config, f.handle, self.parameters, 0)
         else:
-            result = f.driver.cuLaunchKernel(f.handle, *self.grid, f.num_threads, 1, 1, f.shared_bytes, stream, ctypes.addressof(self.parameters), 0)
+            result = f.driver.cuLaunchKernel(f.handle, *self.grid, f.num_threads, 1, 1, f.shared_bytes, stream, self.parameters, 0)
         if result[0] != 0:
             raise LaunchError(f"{f.name}: launching a grid of {self.grid} failed: {_describe(f.driver, result[0])}")
 
@@ -75,7 +72,8 @@ class CudaFunction:
         values += [ctypes.c_void_p(0)] * HIDDEN_PARAMETERS
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         x, y, z = (*grid, 1, 1, 1)[:3]
-        return Launcher(self, (x, y, z), addresses, values)
+        config = _overlapping(self, (x, y, z)) if self.launch_pdl else None
+        return Launcher(self, (x, y, z), ctypes.addressof(addresses), (addresses, values), config)
 
     def bind(self, args: Sequence[Any], grid: tuple[int, ...]) -> Callable[[], None]:
         """A function that launches on torch's current stream."""
@@ -123,13 +121,16 @@ def _driver() -> Any:
     return driver
 
 
-@functools.cache
-def _overlap_with_previous(driver: Any) -> Any:
+def _overlapping(function: CudaFunction, grid: tuple[int, int, int]) -> Any:
     """Programmatic dependent launch: the kernel may start before its predecessor on the stream ends, and waits where it says so."""
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute = function.driver.CUlaunchAttribute()
+    attribute.id = function.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
-    return attribute
+    config = function.driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = function.num_threads, 1, 1
+    config.sharedMemBytes, config.attrs, config.numAttrs = function.shared_bytes, [attribute], 1
+    return config
 
 
 def _checked(driver: Any, doing: str, result: tuple[Any, ...]) -> Any:

@@ -87,29 +87,32 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((a - b).norm() / (b.norm() + 1e-30))
 
 
-def seconds(run: Callable[[], None], device: torch.device, budget: float = 0.01) -> float:
-    """Median time of a run, over repetitions worth about `budget` seconds."""
+def seconds(runs: Sequence[Callable[[], None]], device: torch.device, budget: float = 0.01) -> float:
+    """Median time of one of `runs`, which do the same on different memory, over repetitions worth about `budget` seconds."""
     if device.type == "cuda":
-        return _cuda_seconds(run, budget)
-    run()
+        return _cuda_seconds(runs)
+    for run in runs:
+        run()
     times: list[float] = []
     while sum(times) < budget and len(times) < 50:
         start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+        for run in runs:
+            run()
+        times.append((time.perf_counter() - start) / len(runs))
     return statistics.median(times)
 
 
-def _cuda_seconds(run: Callable[[], None], budget: float) -> float:
-    """As a CUDA graph of ten runs, since that is how it will be replayed; L2 stays warm only as far as the operands fit in it."""
+def _cuda_seconds(runs: Sequence[Callable[[], None]]) -> float:
+    """As a CUDA graph of at least ten runs, since that is how they will be replayed."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run()
+        runs[0]()
     stream.synchronize()
+    count = max(10, len(runs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(10):
-            run()
+        for i in range(count):
+            runs[i % len(runs)]()
     times = []
     for _ in range(5):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -117,5 +120,5 @@ def _cuda_seconds(run: Callable[[], None], budget: float) -> float:
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e4)
+        times.append(start.elapsed_time(stop) / 1e3 / count)
     return statistics.median(times)

@@ -10,7 +10,9 @@ from ingot.ops.target import Target
 
 from .passes.clean_views import clean_views
 from .passes.fuse_add_norm import fuse_add_norm
+from .passes.fuse_attention import fuse_attention
 from .passes.fuse_glu import fuse_glu
+from .passes.fuse_norm_linear import fuse_norm_linear
 from .passes.fuse_residual import fuse_residual
 from .passes.fuse_rope_kv import fuse_rope_kv
 from .passes.group_regions import group_regions
@@ -24,9 +26,11 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_glu,  # before siblings merge: gate and up must lie in this order
     merge_siblings,
     fuse_rope_kv,  # needs the merged QKV
+    fuse_attention,  # needs the fused rope
     fuse_residual,
     fuse_add_norm,  # takes the residual sums that no linear could
     quantize_linears,  # needs the linears that will be
+    fuse_norm_linear,  # of linears that stayed as they were
     group_regions,  # last: what is still aten then, nothing else will compute
 )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from torch import fx
 from ingot.artifacts.bound import Loaded
 from ingot.artifacts.plan import Kernel
 from ingot.ops import Graph
-from ingot.ops.kernel import CLAIMS, Call, Candidate, Source, Steps
+from ingot.ops.kernel import Call, Candidate, Source, Steps, claimants
 from ingot.ops.target import Target
 
 from . import gate
@@ -20,6 +21,9 @@ from .codegen import region
 from .plan import Choice, call_of
 from .random_inputs import random_inputs, step_sizes
 from .variants import VariantSpec
+
+MAX_COPIES = 15
+"""Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
 
 
 @dataclass
@@ -40,9 +44,7 @@ def candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     """All claims on a call for a target, best rank first."""
     if call.region is not None:
         return region.candidates(call.region, call, steps, target)
-    generated = "triton" if target.kind == "cuda" else "tvm"
-    claims = [c for backend in (generated, "torch") for c in CLAIMS.get((call.op, backend), [])]  # type: ignore[call-overload]
-    return sorted((c for claim in claims for c in claim(call, steps, target)), key=lambda c: c.rank)
+    return claimants(call, steps, target)
 
 
 def load_families(target: Target) -> None:
@@ -142,7 +144,18 @@ def _try(call: Call, steps: Steps, candidate: Candidate, emitted: dict[Source, t
         inputs = random_inputs(call, steps, sizes, device, seed=1)
         sizes |= _group_sizes(call, inputs)
         _, run = gate.bind(candidate, call, inputs, sizes, kernels)
-    return worst, gate.seconds(run, device)
+    return worst, gate.seconds([run, *_elsewhere(candidate, call, inputs, sizes, kernels, device)], device)
+
+
+def _elsewhere(candidate: Candidate, call: Call, inputs: dict[str, object], sizes: dict[str, int], kernels: Sequence[Loaded | None],
+               device: torch.device) -> list[Callable[[], None]]:  # fmt: skip
+    """The same run on copies of its inputs, enough of them that a GPU's cache cannot hold them all: in a step, it holds another layer's."""
+    if device.type != "cuda":
+        return []
+    nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
+    copies = min(math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / max(nbytes, 1)), MAX_COPIES)
+    made = [{n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies)]
+    return [gate.bind(candidate, call, copy, sizes, kernels)[1] for copy in made]
 
 
 def _group_sizes(call: Call, inputs: dict[str, object]) -> dict[str, int]:

@@ -89,3 +89,18 @@ def qkv_rope_kv_write(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q
         k = rms_norm(k, k_weight, eps, offset)
     kv_write(rope(k, cos, sin, style), v, k_cache, v_cache, slot_mapping)
     return rope(q, cos, sin, style)
+
+
+@op("qkv_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "
+    "Tensor cu_seqlens_q, Tensor seq_lens, Tensor page_table, Tensor? sinks, int num_heads, int num_kv_heads, str style, float eps, float offset, "
+    "float scale, int window=0, int chunk=0, float softcap=0.0) -> (Tensor, Tensor, Tensor)",
+    fake=lambda qkv, cos, sin, qw, kw, k_cache, v_cache, slots, cu, lens, table, sinks, num_heads, *rest: qkv.new_empty(
+        qkv.shape[0], num_heads, v_cache.shape[3]),
+    states=("k_cache", "v_cache"), host_sync=True)  # fmt: skip
+def qkv_attention(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+                  k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+                  page_table: torch.Tensor, sinks: torch.Tensor | None, num_heads: int, num_kv_heads: int, style: str, eps: float, offset: float,
+                  scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0) -> torch.Tensor:  # fmt: skip
+    """`qkv_rope_kv_write`, then `paged_attention` of its queries → [T, H, F]."""
+    q = qkv_rope_kv_write(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, style, eps, offset)
+    return paged_attention(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, sinks, None, scale, window, chunk, softcap)

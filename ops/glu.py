@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .dialect import op
+from .norm import rms_norm
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -29,3 +30,10 @@ def glu(gate_up: torch.Tensor, act: str) -> torch.Tensor:
 def linear_glu(x: torch.Tensor, weight: torch.Tensor, act: str) -> torch.Tensor:
     """glu(x [..., K] · weightᵀ, act) with weight [2I, K] = gate | up → [..., I]."""
     return glu(F.linear(x, weight), act)
+
+
+@op("rms_norm_linear_glu(Tensor x, Tensor? norm_weight, Tensor weight, str act, float eps, float offset=0.0) -> Tensor",
+    fake=lambda x, norm_weight, weight, *rest: x.new_empty(*x.shape[:-1], weight.shape[0] // 2), rowwise=True)  # fmt: skip
+def rms_norm_linear_glu(x: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, act: str, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """linear_glu(rms_norm(x [..., K], norm_weight [K], eps, offset), weight [2I, K], act) → [..., I]."""
+    return linear_glu(rms_norm(x, norm_weight, eps, offset), weight, act)

@@ -63,7 +63,9 @@ class Source:
 
     tvm: `text` is a TVMScript module whose PrimFunc is `symbol`. triton: `text` is Python with a `@triton.jit` function
     `symbol`; `signature` gives each run-time argument's type in order ("*bf16", "i32", "fp32"), `constants` the constexprs;
-    every pointer, and each size named in `divisible`, is a multiple of 16.
+    every pointer, and each size named in `divisible`, is a multiple of 16. A kernel with a constexpr `PDL`, which the compiler
+    of the source binds, may start before its predecessor has ended (programmatic dependent launch, sm_90 on): with PDL it must
+    call `tl.extra.cuda.gdc_wait()` before it reads or writes anything but weights and older pages of the KV cache.
     """
 
     family: str
@@ -75,7 +77,6 @@ class Source:
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
-    launch_pdl: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ class Candidate:
 Claim = Callable[[Call, Steps, Target], list[Candidate]]
 CLAIMS: dict[tuple[str, Backend], list[Claim]] = {}
 """Kernel families by (op, backend), in the order of registration. `ops.tvm.load()` and `ops.triton.load()` fill it."""
+
+
+def claimants(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """All candidates of a dialect call for a target, best rank first: those of its generated backend, then the libraries'."""
+    generated: Backend = "triton" if target.kind == "cuda" else "tvm"
+    families = [claim for backend in (generated, "torch") for claim in CLAIMS.get((call.op, backend), ())]  # type: ignore[call-overload]
+    return sorted((c for claim in families for c in claim(call, steps, target)), key=lambda c: c.rank)
 
 
 def claims(op: str, backend: Backend) -> Callable[[Claim], Claim]:

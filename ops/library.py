@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from .kernel import CLAIMS, Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
+from .chain import chain
+from .kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claimants, claims
 from .target import Target
 
 CALLS: dict[str, Callable[..., None]] = {}
@@ -74,16 +75,5 @@ def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         return []
     gate_up = Tensor(x.dtype, (x.shape[0], weight.shape[0]))
     inner = Call("glu", {"gate_up": gate_up, "act": call.args["act"]}, call.results)
-    backend = "triton" if target.kind == "cuda" else "tvm"
-    for claim in CLAIMS.get(("glu", backend), []):  # type: ignore[call-overload]
-        for glu in claim(inner, steps, target)[:1]:
-            launches = tuple(replace(launch, operands=tuple(_from_scratch(o) for o in launch.operands)) for launch in glu.launches)
-            first = _launch("mm", Operand(scratch=0), _X, _WEIGHT)
-            return [Candidate(f"library+{glu.name}", (first, *launches), (gate_up, *glu.scratch), rank=_rank(steps))]
-    return []
-
-
-def _from_scratch(operand: Operand) -> Operand:
-    if operand.arg == "gate_up":
-        return Operand(scratch=0, view=operand.view)
-    return operand if operand.scratch is None else replace(operand, scratch=operand.scratch + 1)
+    product = Candidate("library", (_launch("mm", _OUT, _X, _WEIGHT),))
+    return [replace(chain(product, gate_up, "gate_up", glu), rank=_rank(steps)) for glu in claimants(inner, steps, target)[:1]]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .dialect import op
+from .norm import rms_norm
 
 
 @op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -20,6 +21,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
     """linear(x, weight, bias) + residual [..., N] → [..., N]."""
     return F.linear(x, weight, bias) + residual
+
+
+@op("rms_norm_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, float eps, float offset=0.0) -> Tensor",
+    fake=lambda x, norm_weight, weight, *rest: x.new_empty(*x.shape[:-1], weight.shape[0]), rowwise=True)  # fmt: skip
+def rms_norm_linear(x: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+                    offset: float = 0.0) -> torch.Tensor:  # fmt: skip
+    """linear(rms_norm(x [..., K], norm_weight [K], eps, offset), weight [N, K], bias) → [..., N]."""
+    return F.linear(rms_norm(x, norm_weight, eps, offset), weight, bias)
 
 
 @op("gather_rows(Tensor x, Tensor rows) -> Tensor", fake=lambda x, rows: x.new_empty(rows.shape[0], *x.shape[1:]))

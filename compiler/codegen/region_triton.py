@@ -48,6 +48,9 @@ def candidates(program: Program, call: Call, steps: Steps) -> list[Candidate]:
 def _text(program: Program, parameters: list[str]) -> str:
     names: dict[Value, str] = {}
     lines = [
+        "if PDL:",
+        "    tl.extra.cuda.gdc_launch_dependents()",
+        "    tl.extra.cuda.gdc_wait()",
         "row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]",
         "col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]",
     ]
@@ -61,7 +64,7 @@ def _text(program: Program, parameters: list[str]) -> str:
         lines.append(f"tl.store(out{i} + {address}, ({stored}).to(out{i}.dtype.element_ty), mask={_mask(program, True, by_column)})")
     body = "\n".join(f"    {line}" for line in lines)
     return (f"import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
-            f"def region({', '.join(parameters)}, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):\n{body}\n")  # fmt: skip
+            f"def region({', '.join(parameters)}, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):\n{body}\n")  # fmt: skip
 
 
 def _mask(program: Program, rows: bool, cols: bool) -> str:

@@ -40,7 +40,7 @@ class Compiled:
 def kernel_name(source: Source, target: Target) -> str:
     """`<family>_<hash>` of everything that decides the cubin: the source, the instruction set, Triton's version."""
     facts = [source.symbol, source.text, source.signature, sorted((k, repr(v)) for k, v in source.constants.items()), source.divisible,
-             source.num_warps, source.num_stages, source.launch_pdl, target.isa, importlib.metadata.version("triton")]  # fmt: skip
+             source.num_warps, source.num_stages, target.isa, importlib.metadata.version("triton")]  # fmt: skip
     return f"{source.family}_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
 
 
@@ -60,13 +60,15 @@ def compile_source(source: Source, target: Target) -> Compiled:
         fn = getattr(_module(source, name, Path(folder)), source.symbol)
         if not isinstance(fn, triton.JITFunction):
             raise TritonCompileError(f"{name}: {source.symbol} is a {type(fn).__name__}, not a compilable function; is TRITON_INTERPRET set?")
-        unbound = [p for p in fn.arg_names if (p in source.signature) == (p in source.constants)]
+        overlaps = "PDL" in fn.arg_names and target.arch >= 90
+        constants = source.constants | ({"PDL": overlaps} if "PDL" in fn.arg_names else {})
+        unbound = [p for p in fn.arg_names if (p in source.signature) == (p in constants)]
         if unbound:
             raise TritonCompileError(f"{name}: {', '.join(unbound)} must be in exactly one of signature and constants")
         signature = {p: source.signature.get(p, "constexpr") for p in fn.arg_names}
         aligned = [i for i, (p, t) in enumerate(signature.items()) if t.startswith("*") or p in source.divisible]
-        ast = ASTSource(fn, signature, source.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-        options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "launch_pdl": source.launch_pdl}
+        ast = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "launch_pdl": overlaps}
         try:
             kernel = triton.compile(ast, target=GPUTarget("cuda", target.arch, 32), options=options)
             binary = kernel.asm["cubin"]
@@ -79,7 +81,7 @@ def compile_source(source: Source, target: Target) -> Compiled:
         )
     if metadata.global_scratch_size or metadata.num_ctas != 1:
         raise TritonCompileError(f"{name} needs Triton's own scratch memory or clusters, which a plan cannot give it: declare Candidate.scratch instead")
-    return Compiled(name, binary, metadata.name, metadata.num_warps, metadata.shared, source.launch_pdl)
+    return Compiled(name, binary, metadata.name, metadata.num_warps, metadata.shared, overlaps)
 
 
 def compile_sources(sources: Sequence[Source], target: Target, jobs: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[Compiled]:

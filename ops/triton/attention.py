@@ -68,8 +68,12 @@ def attend(h, acc, top, total, slope, position, begin, stop, length, page_table,
 def attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, sinks, alibi_slopes, out, lse, num_tokens, num_seqs, num_columns,
                      H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
                      CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                     BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                     BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
     """With SPLITS > 1, `out` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     GROUP: tl.constexpr = H // K
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     tile = tl.program_id(0)
@@ -137,7 +141,10 @@ def attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, si
 
 
 @triton.jit
-def combine_kernel(partial, lse, sinks, out, H: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr):
+def combine_kernel(partial, lse, sinks, out, H: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * H + head
     split = tl.arange(0, SPLITS)

@@ -12,7 +12,10 @@ from .source import launch, power_of_two, supported
 
 
 @triton.jit
-def gather_kernel(indices, source, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def gather_kernel(indices, source, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(indices + row).to(tl.int64)

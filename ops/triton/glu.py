@@ -12,7 +12,10 @@ from .source import launch, power_of_two, rows, supported
 
 
 @triton.jit
-def glu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr):
+def glu_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < WIDTH

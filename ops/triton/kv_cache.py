@@ -13,7 +13,10 @@ from .source import launch, power_of_two, supported
 
 @triton.jit
 def kv_write_kernel(k, v, k_cache, v_cache, slot_mapping, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr,
-                    BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr):  # fmt: skip
+                    BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     slot = tl.load(slot_mapping + token).to(tl.int64)
@@ -32,8 +35,11 @@ def kv_write_kernel(k, v, k_cache, v_cache, slot_mapping, K: tl.constexpr, E: tl
 @triton.jit
 def qkv_rope_kv_write_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slot_mapping, q, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
                              F: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr, STYLE: tl.constexpr, HALF: tl.constexpr,
-                             EPS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                             EPS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program takes a token and some of its H + 2K heads; what is a query, a key or a value is decided row by row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     j = tl.arange(0, BLOCK)

@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..chain import chain
 from ..dims import product
-from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
+from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claimants, claims
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import activate, tanh
+from .prefetch import prefetch_rows
 from .source import FLOATS, launch, most, power_of_two, rows, supported
 
 PROGRAMS = 132
@@ -23,27 +25,46 @@ PROGRAMS = 132
 
 
 @triton.jit
-def gemv_kernel(x, weight, bias, residual, out, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr):
+def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                ACT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """With EPS, x is RMS-normalized on the way: its scale is linear, so that the sum of squares is due only at the end."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    row = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    row = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k
+    # the first block of the weight is on its way before x is there
+    w = tl.load(row, mask=k < K, other=0.0)
+    v = w
+    if ACT is not None:
+        v = tl.load(row + N * K, mask=k < K, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = acc
+    squares = tl.zeros([1, BLOCK_K], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_K):
-        if begin + BLOCK_K <= K:
-            h = tl.load(x + begin + k).to(tl.float32)[None, :]
-            acc += tl.load(row + begin).to(tl.float32) * h
+        if begin > 0:
+            w = tl.load(row + begin, mask=begin + k < K, other=0.0)
             if ACT is not None:
-                up += tl.load(row + N * K + begin).to(tl.float32) * h
-        else:
-            mask = (begin + k < K)[None, :]
-            h = tl.load(x + begin + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            acc += tl.load(row + begin, mask=mask, other=0.0).to(tl.float32) * h
-            if ACT is not None:
-                up += tl.load(row + N * K + begin, mask=mask, other=0.0).to(tl.float32) * h
+                v = tl.load(row + N * K + begin, mask=begin + k < K, other=0.0)
+        h = tl.load(x + begin + k, mask=begin + k < K, other=0.0).to(tl.float32)
+        if EPS is not None:
+            squares += h * h
+            if norm_weight is not None:
+                h *= tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0).to(tl.float32) + OFFSET
+        acc += w.to(tl.float32) * h
+        if ACT is not None:
+            up += v.to(tl.float32) * h
     h = tl.sum(acc, 1)
+    if EPS is not None:
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)
+        h *= scale
     if ACT is not None:
-        h = activate(h, ACT) * tl.sum(up, 1)
+        u = tl.sum(up, 1)
+        if EPS is not None:
+            u *= scale
+        h = activate(h, ACT) * u
     if bias is not None:
         h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if residual is not None:
@@ -52,8 +73,10 @@ def gemv_kernel(x, weight, bias, residual, out, N: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def gemm_kernel(x, norm_weight, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+                PREFETCH: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """EPS as in `gemv_kernel`. PREFETCH: bytes of each row of the weight to ask for while the predecessor ends."""
     # programs that run together share rows of x and of the weight in L2: walk the tiles in groups of GROUP rows
     tiles_m = tl.num_programs(0)
     tiles_n = tl.num_programs(1)
@@ -66,22 +89,43 @@ def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl
     split = tl.program_id(2)
     depth: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
     a = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * K + k[None, :]
-    b = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+    row = weight + tl.minimum(n, N - 1).to(tl.int64) * K
+    b = row[None, :] + k[:, None]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            prefetch_rows(row + split * depth, BLOCK_N, PREFETCH, THREADS)
+            if ACT is not None:
+                prefetch_rows(row + N * K, BLOCK_N, PREFETCH, THREADS)
+        tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
+    squares = tl.zeros([BLOCK_M], tl.float32)
     for step in range(0, depth, BLOCK_K):
         begin = split * depth + step
         if K % (SPLIT * BLOCK_K) == 0:
             h = tl.load(a + begin)
-            acc = tl.dot(h, tl.load(b + begin), acc, input_precision=PRECISION)
+            w = tl.load(b + begin)
             if ACT is not None:
-                up = tl.dot(h, tl.load(b + N * K + begin), up, input_precision=PRECISION)
+                v = tl.load(b + N * K + begin)
         else:
             h = tl.load(a + begin, mask=(begin + k < K)[None, :], other=0.0)
-            mask = (begin + k < K)[:, None]
-            acc = tl.dot(h, tl.load(b + begin, mask=mask, other=0.0), acc, input_precision=PRECISION)
+            w = tl.load(b + begin, mask=(begin + k < K)[:, None], other=0.0)
             if ACT is not None:
-                up = tl.dot(h, tl.load(b + N * K + begin, mask=mask, other=0.0), up, input_precision=PRECISION)
+                v = tl.load(b + N * K + begin, mask=(begin + k < K)[:, None], other=0.0)
+        if EPS is not None:
+            exact = h.to(tl.float32)
+            squares += tl.sum(exact * exact, 1)
+            if norm_weight is not None:
+                h = (exact * (tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0).to(tl.float32) + OFFSET)[None, :]).to(h.dtype)
+        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+        if ACT is not None:
+            up = tl.dot(h, v, up, input_precision=PRECISION)
+    if EPS is not None:
+        scale = tl.rsqrt(squares / K + EPS)[:, None]
+        acc *= scale
+        if ACT is not None:
+            up *= scale
     if ACT is not None:
         acc = activate(acc, ACT) * up
     if bias is not None:
@@ -96,7 +140,10 @@ def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl
 
 
 @triton.jit
-def sum_splits_kernel(partial, bias, residual, out, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def sum_splits_kernel(partial, bias, residual, out, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * N + n
     h = tl.zeros([BLOCK], tl.float32)
@@ -134,13 +181,15 @@ SOME_ROWS = (Tile(64, 32, 128, 4, 5), Tile(64, 64, 128, 4, 5), Tile(64, 32, 256,
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
 WIDE = 256 * PROGRAMS
+PREFETCH_BYTES = 64 << 10
+"""Of the weight, that a program asks for ahead: as much on every multiprocessor fits several times in L2."""
 
 
 def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> list[Tile]:
     """Tiles that fit in shared memory, best first."""
     x = call.args["x"]
     most_rows = most(rows(x), steps)
-    weights = 2 if call.op == "linear_glu" else 1
+    weights = 2 if "act" in call.args else 1
     if x.dtype == torch.float32:
         return list(EXACT[:1] if most_rows <= 16 else EXACT)
     tiles = []
@@ -153,7 +202,7 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     tiles = list(dict.fromkeys(tiles))
     if width >= WIDE:
         return tiles[::-1]
-    if call.op == "linear_glu" or most_rows > 64:
+    if weights == 2 or "eps" in call.args or most_rows > 64:
         return tiles
     programs = -(-most_rows // tiles[0].m) * -(-width // tiles[0].n)
     split = max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and depth >= 2 * s * tiles[0].k), default=1)
@@ -163,8 +212,9 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
 
 def _gemv(call: Call, operands: dict[str, Operand], width: int, depth: int, constants: dict[str, object]) -> list[Candidate]:
     found = []
+    glu = "act" in call.args
     for rank, (block_n, block_k, warps) in enumerate(GEMV_TILES if width < WIDE else GEMV_TILES[::-1]):
-        block_n, block_k = block_n // 2 if call.op == "linear_glu" else block_n, min(block_k, power_of_two(depth))
+        block_n, block_k = block_n // 2 if glu else block_n, min(block_k, power_of_two(depth))
         blocks = constants | {"BLOCK_N": block_n, "BLOCK_K": block_k}
         one = launch(call, [gemv_kernel, activate, tanh], operands, blocks, ((width, block_n),), num_warps=warps)
         found.append(Candidate(f"gemv_n{block_n}_k{block_k}_w{warps}", (one,), rank=rank / 10))
@@ -175,47 +225,55 @@ def _candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     x, weight = call.args["x"], call.args["weight"]
     if not supported(call) or x.dtype != weight.dtype or x.dtype not in FLOATS:
         return []
-    glu = call.op == "linear_glu"
     depth, count = weight.shape[1], rows(x)
-    width = weight.shape[0] // 2 if glu else weight.shape[0]
-    absent = {p: None for p in ("bias", "residual") if p not in call.args}
-    inputs = {p: Operand(arg=p) for p in ("x", "weight")}
+    width = weight.shape[0] // 2 if "act" in call.args else weight.shape[0]
+    inputs = {p: Operand(arg=p) for p in ("x", "norm_weight", "weight") if p in call.args}
     addends = {p: Operand(arg=p) for p in ("bias", "residual") if p in call.args}
+    absent = {p: None for p in ("norm_weight", "bias", "residual") if p not in call.args}
     out = {"out": Operand(out=0)}
-    constants = {"N": width, "K": depth, "ACT": call.args["act"] if glu else None}
+    constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "EPS": call.args.get("eps"), "OFFSET": call.args.get("offset")}
     if most(count, steps) == 1:
         return _gemv(call, inputs | addends | out, width, depth, absent | constants)
     num_rows = {"num_rows": Operand(size=count)}
     found = []
     for i, t in enumerate(_tiles(call, steps, target, width, depth)):
-        blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split, "PRECISION": "ieee" if x.dtype == torch.float32 else None}
+        row_bytes = depth // t.split * x.dtype.itemsize
+        ahead = min(row_bytes, PREFETCH_BYTES // t.n) if row_bytes % 16 == 0 and t.m <= 64 else 0
+        blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split, "PREFETCH": ahead, "THREADS": 32 * t.warps,
+                  "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
         grid = ((count, t.m), (width, t.n))
+        functions = [gemm_kernel, prefetch_rows, activate, tanh]
         if t.split == 1:
-            launches: tuple[Launch, ...] = (launch(call, [gemm_kernel, activate, tanh], inputs | addends | out | num_rows, absent | constants | blocks, grid,
+            launches: tuple[Launch, ...] = (launch(call, functions, inputs | addends | out | num_rows, absent | constants | blocks, grid,
                              num_warps=t.warps, num_stages=t.stages),)  # fmt: skip
             scratch: tuple[Tensor, ...] = ()
         else:
             scratch = (Tensor(torch.float32, (product(count, t.split), width)),)
             partial = {"out": Operand(scratch=0)}
-            split = launch(call, [gemm_kernel, activate, tanh], inputs | partial | num_rows, {"bias": None, "residual": None} | constants | blocks,
+            split = launch(call, functions, inputs | partial | num_rows, absent | {"bias": None, "residual": None} | constants | blocks,
                            (*grid, (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
             combine = launch(call, [sum_splits_kernel], {"partial": Operand(scratch=0)} | addends | out | num_rows,
-                             absent | {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
+                             {p: None for p in ("bias", "residual") if p not in call.args} | {"N": width, "SPLIT": t.split, "BLOCK": 256},
+                             ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
             launches = (split, combine)
         found.append(Candidate(f"gemm_{t}", launches, scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found
 
 
-@claims("linear", "triton")
-def linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    return _candidates(call, steps, target)
+for _op in ("linear", "linear_add", "linear_glu"):
+    claims(_op, "triton")(_candidates)
 
 
-@claims("linear_add", "triton")
-def linear_add(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    return _candidates(call, steps, target)
+@claims("rms_norm_linear", "triton")
+@claims("rms_norm_linear_glu", "triton")
+def normalizing(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """An RMSNorm, then every way to multiply; for few rows also in one kernel, where the norm is free in the shadow of the weight.
 
-
-@claims("linear_glu", "triton")
-def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    return _candidates(call, steps, target)
+    Not in float16, which the product before the scale could overflow.
+    """
+    x = call.args["x"]
+    norm = Call("rms_norm", {"x": x, "weight": call.args["norm_weight"], "eps": call.args["eps"], "offset": call.args["offset"]}, (x,))
+    rest = {n: a for n, a in call.args.items() if n not in ("norm_weight", "eps", "offset")}
+    tails = claimants(Call(call.op.removeprefix("rms_norm_"), rest, call.results), steps, target)
+    fused = _candidates(call, steps, target) if most(rows(x), steps) <= 64 and x.dtype != torch.float16 else []
+    return fused + [chain(head, x, "x", tail, {"weight": "norm_weight"}) for head in claimants(norm, steps, target)[:1] for tail in tails]

@@ -14,7 +14,10 @@ MAX_WIDTH = 1 << 15
 
 @triton.jit
 def rms_norm_kernel(x, residual, weight, out, total, num_rows, EPS: tl.constexpr, OFFSET: tl.constexpr, D: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_D)
     mask = (row < num_rows)[:, None] & (col < D)[None, :]

@@ -14,8 +14,11 @@ from .source import launch, power_of_two, supported
 
 @triton.jit
 def rotary_embedding_kernel(positions, inv_freq, cos, sin, num_tokens, SCALING: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
-                            BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                            BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """WIDTH frequencies; a table row holds them once (HALF) or twice."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     col = tl.arange(0, BLOCK)
     mask = (token < num_tokens)[:, None] & (col < WIDTH)[None, :]
@@ -47,7 +50,10 @@ def rotation(j, R: tl.constexpr, STYLE: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def rope_kernel(x, cos, sin, out, H: tl.constexpr, E: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr, STYLE: tl.constexpr, HALF: tl.constexpr,
-                BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+                BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     j = tl.arange(0, BLOCK_E)

@@ -54,7 +54,7 @@ def test_arguments_must_be_those_of_the_cubin():
 def test_parameters_lie_in_order_and_the_hidden_ones_are_null():
     x, out = torch.randn(8), torch.empty(8)
     launcher = function().prepare([x, out, 8, 2.5], (3,))
-    assert [v.value for v in launcher.storage] == [x.data_ptr(), out.data_ptr(), 8, 2.5, None, None]
+    assert [v.value for v in launcher.storage[1]] == [x.data_ptr(), out.data_ptr(), 8, 2.5, None, None]
     assert launcher.grid == (3, 1, 1)
 
 
@@ -83,13 +83,15 @@ def loaded(source, folder):
 
 
 def add_source(pdl):
-    return Source("add", "triton", "add_kernel", ADD, {"x": "*fp32", "out": "*fp32", "n": "i32", "amount": "fp32"}, {"BLOCK": 256, "PDL": pdl}, launch_pdl=pdl)
+    text = ADD if pdl else ADD.replace(", PDL: tl.constexpr", "").replace("    if PDL:\n        gdc_launch_dependents()\n        gdc_wait()\n", "")
+    return Source("add", "triton", "add_kernel", text, {"x": "*fp32", "out": "*fp32", "n": "i32", "amount": "fp32"}, {"BLOCK": 256})
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 def test_a_chain_of_launches_in_a_graph(pdl, tmp_path):
     add = loaded(add_source(pdl), tmp_path)
+    assert add.launch_pdl == pdl
     values = [torch.randn(1000, device="cuda"), *(torch.empty(1000, device="cuda") for _ in range(20))]
     runs = [add.bind([a, b, 1000, 0.5], (4,)) for a, b in itertools.pairwise(values)]
     runs[0]()

@@ -24,12 +24,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model_type", sorted(MODELS))
-def test_lowered_graph(model_type: str, update_golden: bool) -> None:
+CPU, CUDA = Target("cpu", "x86-64:avx2+fma", ""), Target("cuda", "sm_90", "")
+
+
+@pytest.mark.parametrize(("model_type", "target"), [(m, CPU) for m in sorted(MODELS)] + [(m, CUDA) for m in ("gemma2", "mixtral", "qwen3")])
+def test_lowered_graph(model_type: str, target: Target, update_golden: bool) -> None:
     config = AutoConfig.for_model(model_type, **MODELS[model_type])
-    graph, _ = lower(trace(config, dtype=torch.bfloat16), Target("cpu", "x86-64:avx2+fma", ""))
+    graph, _ = lower(trace(config, dtype=torch.bfloat16), target)
     text = stable(str(graph)) + "\n"
-    path = GOLDEN / f"{model_type}.txt"
+    path = GOLDEN / (f"{model_type}.txt" if target is CPU else f"{model_type}.cuda.txt")
     if update_golden:
         path.write_text(text)
     assert text == path.read_text(), f"{path.name} changed; if that is meant, run: pytest tests/compiler/test_golden.py --update-golden"

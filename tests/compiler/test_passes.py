@@ -9,6 +9,8 @@ from ingot.ops.graph import op_of
 from ingot.ops.target import Target
 
 CPU = Target("cpu", "x86-64:avx2+fma", "")
+CUDA = Target("cuda", "sm_90", "")
+FOR_CUDA = {"fuse_attention", "fuse_norm_linear"}  # passes that leave a CPU's graph alone
 
 
 def modules():
@@ -18,11 +20,17 @@ def modules():
 
 
 def values(graph: Graph, tokens: int) -> dict[str, torch.Tensor]:
-    sizes = {"T": tokens, "S": 2, "R": 3}
+    sizes = {"T": tokens, "S": 2, "S+1": 3, "R": 3, "P_full": 3}
+    batch = {
+        "slot_mapping_full": torch.randperm(4 * 16)[:tokens],
+        "cu_seqlens_q": torch.tensor([0, tokens // 2, tokens]),
+        "seq_lens": torch.tensor([tokens // 2 + 20, tokens - tokens // 2 + 3]),
+        "page_table_full": torch.randint(0, 4, (2, 3)),
+    }
     made = {}
     for name, spec in graph.inputs.items():
         shape = [sizes[n] if isinstance(n, str) else n for n in spec.shape]
-        made[name] = torch.randperm(4 * 16)[: shape[0]].to(spec.dtype) if name.startswith("slot_mapping") else torch.randn(shape, dtype=spec.dtype)
+        made[name] = batch[name].to(spec.dtype) if name in batch else torch.randn(shape, dtype=spec.dtype)
     made |= {n: torch.randn(4, *s.shape, dtype=s.dtype) for n, s in graph.states.items()}
     return made
 
@@ -39,7 +47,7 @@ def test_both_sides_agree(name: str, tokens: int) -> None:
     run, module = modules()[name]
     before = module.example()
     text = str(before)
-    after = run(before, CPU)
+    after = run(before, CUDA if name in FOR_CUDA else CPU)
     after.verify()
     assert str(before) == text, "a pass must not change its argument"
     assert str(after) != text, "the example must show what the pass does"
@@ -57,9 +65,18 @@ EXPECTED = {
     "fuse_add_norm": {"add_rms_norm": 1},
     "fuse_rope_kv": {"qkv_rope_kv_write": 1},
     "quantize_linears": {"quantized_linear": 3},
+    "fuse_attention": {"qkv_attention": 1},
+    "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1},
     "group_regions": {"linear": 1},
     "clean_views": {},
 }
+
+
+@pytest.mark.parametrize("name", sorted(FOR_CUDA))
+def test_what_is_for_cuda_leaves_a_cpu_alone(name: str) -> None:
+    run, module = modules()[name]
+    before = module.example()
+    assert str(run(before, CPU)) == str(before)
 
 
 def test_every_pass_has_an_expectation() -> None:
@@ -69,7 +86,7 @@ def test_every_pass_has_an_expectation() -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_what_is_left(name: str) -> None:
     run, module = modules()[name]
-    after = run(module.example(), CPU)
+    after = run(module.example(), CUDA if name in FOR_CUDA else CPU)
     ops: dict[str, int] = {}
     for node in after.fx.nodes:
         spec = op_of(node)

@@ -65,7 +65,8 @@ class Interpreted:
         assert end <= MEMORY_BYTES
         for tensor, place in placed:
             place.copy_(tensor.flatten().view(torch.uint8))
-        job = {"path": str(self.path), "symbol": self.source.symbol, "constants": self.source.constants, "args": named, "grid": grid}
+        constants = self.source.constants | ({"PDL": False} if "PDL: tl.constexpr" in self.source.text else {})
+        job = {"path": str(self.path), "symbol": self.source.symbol, "constants": constants, "args": named, "grid": grid}
         process = self.interpreter.process
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
@@ -96,7 +97,9 @@ class Device:
         compiled = compile_source(source, gpu())
         path = self.folder / f"{compiled.name}.cubin"
         path.write_bytes(compiled.binary)
-        return load(Kernel(compiled.name, source.family, "triton", compiled.symbol, path.name, "", compiled.num_warps, compiled.shared_bytes), path)
+        return load(
+            Kernel(compiled.name, source.family, "triton", compiled.symbol, path.name, "", compiled.num_warps, compiled.shared_bytes, compiled.launch_pdl), path
+        )
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -118,6 +121,7 @@ class Case:
     max_num_new: int = 0  # 0: as many as there are tokens
     max_seqs: int = 0  # 0: as many as there are
     page_size: int = 16
+    exact: bool = False
 
     def call(self, op, dtype):
         typed = lambda t: replace(t, dtype=dtype) if isinstance(t, Tensor) and t.dtype is None else t
@@ -126,7 +130,7 @@ class Case:
     @property
     def steps(self):
         t = self.sizes.get("T", 1)
-        return Steps(t, self.max_seqs or self.sizes.get("S", 1), self.max_num_new or t, self.sizes.get("R", 1), False, self.page_size)
+        return Steps(t, self.max_seqs or self.sizes.get("S", 1), self.max_num_new or t, self.sizes.get("R", 1), self.exact, self.page_size)
 
     def inputs(self, call, device):
         generator = torch.Generator().manual_seed(7)
@@ -166,6 +170,15 @@ def linear_cases(op):
         if op == "linear_add":
             args["residual"] = tensor(T, n)
         cases[f"rows{rows}"] = Case(args, (tensor(T, n),), {"T": rows})
+    return cases
+
+
+def norm_linear_cases(op):
+    cases = {}
+    for rows, n, k, weighted in ((1, 40, 520, True), (1, 24, 130, False), (5, 72, 330, True), (40, 50, 96, False), (70, 24, 64, True)):
+        args = {"x": tensor(T, k), "norm_weight": tensor(k) if weighted else None, "weight": tensor(2 * n if op.endswith("glu") else n, k)}
+        args |= {"act": "silu"} if op.endswith("glu") else {"bias": tensor(n) if weighted else None}
+        cases[f"rows{rows}_{k}"] = Case(args | {"eps": 1e-5, "offset": 0.0 if k > 100 else 1.0}, (tensor(T, n),), {"T": rows})
     return cases
 
 
@@ -258,6 +271,26 @@ def attention_cases():
     }
 
 
+def qkv_attention_cases():
+    def case(batch, style, h, k, e, f, table, norms=True, exact=True, max_seqs=0, sinks=False, **features):
+        weights = {n: tensor(e) if norms else None for n in ("q_weight", "k_weight")}
+        args = {"qkv": tensor(T, (h + k) * e + k * f), "cos": tensor(T, table, dtype=F32), "sin": tensor(T, table, dtype=F32), **weights,
+                "k_cache": tensor(N, k, 16, e), "v_cache": tensor(N, k, 16, f), "slot_mapping": tensor(T, dtype=I32), "cu_seqlens_q": tensor(S1, dtype=I32),
+                "seq_lens": tensor(S, dtype=I32), "page_table": tensor(S, P, dtype=I32), "sinks": tensor(h) if sinks else None, "num_heads": h,
+                "num_kv_heads": k, "style": style, "eps": 1e-5, "offset": 0.0, "scale": e**-0.5,
+                **{"window": 0, "chunk": 0, "softcap": 0.0}, **features}  # fmt: skip
+        return Case(args, (tensor(T, h, f),), batch.sizes, batch.values, 1 if exact else 0, max_seqs, exact=exact)
+
+    decode = Batch((0, 150, 0, 66, 31), (1, 1, 0, 1, 1))
+    return {
+        "qwen3": case(decode, "neox", 4, 2, 32, 32, 32, max_seqs=500),
+        "qwen3_split": case(decode, "neox", 4, 2, 32, 32, 32, max_seqs=20),
+        "split_all": case(decode, "gptj_half", 3, 1, 40, 24, 12, max_seqs=16, window=50, softcap=5.0, sinks=True),
+        "sinks": case(decode, "neox", 6, 2, 24, 24, 24, norms=False, max_seqs=500, sinks=True, chunk=64),
+        "ragged": case(Batch((0, 70, 33), (19, 1, 7), 2), "neox", 4, 2, 32, 32, 32, exact=False),
+    }
+
+
 CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
@@ -265,6 +298,9 @@ CASES = {
     "linear": linear_cases("linear") | {"split": Case({"x": tensor(T, 1100), "weight": tensor(24, 1100), "bias": tensor(24)}, (tensor(T, 24),), {"T": 3})},
     "linear_add": linear_cases("linear_add"),
     "linear_glu": linear_cases("linear_glu"),
+    "rms_norm_linear": norm_linear_cases("rms_norm_linear"),
+    "rms_norm_linear_glu": norm_linear_cases("rms_norm_linear_glu"),
+    "qkv_attention": qkv_attention_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
     },
@@ -289,6 +325,11 @@ CASES = {
 }  # fmt: skip
 
 
+def distinct(candidates):
+    """One candidate of those that differ in warps and stages alone, which the interpreter has not."""
+    return list({tuple((s.text, repr(s.constants | {"THREADS": 0})) for s in (launch.source for launch in c.launches)): c for c in candidates}.values())
+
+
 def test_every_family_has_cases():
     assert set(CASES) == {op for op, backend in CLAIMS if backend == "triton"}
 
@@ -302,9 +343,12 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     candidates = [c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, target)]
     assert candidates
     assert len({c.name for c in candidates}) == len(candidates)
+    if device == "cpu":
+        candidates = distinct(candidates)
     for candidate in candidates if dtype == BF16 else candidates[:1]:
         inputs = let_go(call, case.inputs(call, device))
         before = {n: inputs[n].clone() for n in OPS[op].states}
         outputs, run = bind(candidate, call, inputs, case.sizes, [maker.kernel(launch.source) for launch in candidate.launches])
         run()
-        assert error(call, inputs, outputs, before) < TOLERANCE[dtype], candidate.name
+        # what a launch hands to the next one is rounded too
+        assert error(call, inputs, outputs, before) < TOLERANCE[dtype] * len(candidate.launches) ** 0.5, candidate.name
