@@ -2,6 +2,7 @@
 
 manifest.json      what it is, and the SHA-256 of everything else
 plans/<name>.json  one per variant
+checks.json        what the numeric gate compares
 kernels/<name>.so or .cubin, with the generated source beside it
 weights.bin        packed tensors at multiples of 4096 bytes, hashed by chunk
 tokenizer/…, config.json
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -29,6 +30,8 @@ from .settings import settings
 
 if TYPE_CHECKING:
     from .weights import WeightsWriter
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,14 @@ class Artifact:
         """The plan of a variant that the manifest lists."""
         if name not in self.manifest.variants:
             raise ArtifactError(f"{self.root} has no variant {name}; it has {', '.join(self.manifest.variants)}")
+        return self.decode(f"plans/{name}.json", Variant)
+
+    def decode(self, relative: str, type: type[_T]) -> _T:
+        """A JSON file as `type`. ArtifactError when it is damaged, or says something else."""
         try:
-            return msgspec.json.decode(self.read(f"plans/{name}.json"), type=Variant)
+            return msgspec.json.decode(self.read(relative), type=type)
         except msgspec.DecodeError as error:
-            raise ArtifactError(f"{self.root}/plans/{name}.json is not a plan of this Ingot ({error}); compile the model again") from error
+            raise ArtifactError(f"{self.root / relative} is not what this Ingot writes there ({error}); compile the model again") from error
 
     def verify(self, threads: int | None = None, progress: Progress | None = None) -> None:
         """Check everything again, weights included. ArtifactError names the damaged or surplus file."""

@@ -14,7 +14,7 @@ from ingot.ops.target import Target
 from .files import AGAIN, ArtifactError, check_relative
 from .plan import Kernel
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KV_LAYOUT = "page:N,K,page_size,E/1"
 """Identifies how KV pages lie in memory, so that pages can be exchanged only between equals."""
 CHUNK_BYTES = 64 << 20
@@ -97,7 +97,7 @@ class Manifest(msgspec.Struct, frozen=True):
     variants: tuple[str, ...]  # plans/<name>.json
     kernels: tuple[Kernel, ...]
     files: dict[str, str]  # every other file: relative path → SHA-256
-    report: dict[str, Any]  # nodes before and after each pass, kernels by backend, seconds, gate errors
+    report: dict[str, Any]  # nodes before and after each pass, kernels by backend, seconds, gate by kernel
     report_digest: str  # so that a damaged report is noticed too
 
     @property

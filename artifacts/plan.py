@@ -100,4 +100,3 @@ class Kernel(msgspec.Struct, frozen=True, omit_defaults=True):
     num_warps: int = 0
     shared_bytes: int = 0
     launch_pdl: bool = False
-    gate: str = ""  # "passed(cpu, 1.2e-07)" or "deferred"

@@ -1,6 +1,7 @@
 """The store: artifacts by key, and blobs that they share, under one folder.
 
     artifacts/<key>/   finished artifacts, which appear by one rename and never change
+    artifacts/<key>.gate.json  what a deferred gate found later
     blobs/<sha256>     files of artifacts by content, shared as hard links: a blob with one link is used by nobody
     kernels/<name>.json  the blobs of a compiled kernel, so that a recompile skips its compilation
     building/<key>/    where a compiler works; a leftover of a killed one, unless its lock is held
@@ -27,6 +28,7 @@ from . import archive
 from .artifact import Artifact, ArtifactWriter
 from .chunks import check_chunks, map_file
 from .files import ArtifactError, flush, link, read, writing
+from .gate_record import path_of as gate_record_path
 from .manifest import MANIFEST, WEIGHTS, Manifest, check_key
 from .settings import settings
 
@@ -138,6 +140,7 @@ class Store:
             leftover.parent.mkdir(parents=True, exist_ok=True)
             os.rename(found, leftover)  # so that a kill leaves an artifact, or none, never half of one
             _remove(leftover)
+            gate_record_path(found).unlink(missing_ok=True)
 
     def gc(self) -> Collected:
         """Remove what killed compilers left, and blobs and cached kernels that no artifact uses. Running compilers are left alone."""
@@ -156,6 +159,9 @@ class Store:
                     blobs += 1
                     nbytes += stat.st_size
                     blob.unlink()
+            for record in self._artifacts.glob("*.gate.json"):
+                if not (self._artifacts / record.name.removesuffix(".gate.json")).exists():
+                    record.unlink()
             for index in self._kernels.glob("*.json"):
                 cached = self._cached(index.stem)
                 if cached is None or not ((self._blobs / cached.binary).exists() and (self._blobs / cached.source).exists()):

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from ingot.artifacts.gate import bind, relative
 from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.triton import compile_sources
-from ingot.compiler.gate import bind, relative
 from ingot.ops import OPS
 from ingot.ops import triton as families
 from ingot.ops.dims import evaluate

@@ -18,6 +18,8 @@ import torch
 
 import ingot.ops.library  # noqa: F401  (registers the library claims)
 from ingot.artifacts.artifact import ArtifactWriter
+from ingot.artifacts.check import CHECKS
+from ingot.artifacts.gate_record import DEFERRED, passed
 from ingot.artifacts.manifest import Group, ModelInfo, Options, State
 from ingot.artifacts.plan import Variant
 from ingot.artifacts.settings import settings
@@ -58,6 +60,7 @@ class CompileOptions:
     deterministic: bool = False
     dummy_weights: bool = False
     trust_remote_code: bool = False
+    defer_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,14 @@ class _Job:
     dtype: torch.dtype
     checkpoint: Checkpoint | None
     key_inputs: dict[str, str]
+    defer_gate: bool
 
     @classmethod
     def prepare(cls, model: str, options: CompileOptions) -> _Job:
         found = source.resolve(model, trust_remote_code=options.trust_remote_code)
         target = resolve(options.target)
+        if options.defer_gate and target.kind == "cuda":
+            target = msgspec.structs.replace(target, device="")  # as from a machine without it: nothing is measured
         config = found.config
         exclude = tuple(e for e in options.quantize_exclude.split(",") if e)
         if options.quantize != "none":
@@ -146,7 +152,7 @@ class _Job:
             "options": json.dumps(msgspec.to_builtins(resolved), sort_keys=True),
             "compiler": _compiler_fingerprint(),
         }
-        return cls(found, target, resolved, dtype, checkpoint, inputs)
+        return cls(found, target, resolved, dtype, checkpoint, inputs, options.defer_gate)
 
     @property
     def key(self) -> str:
@@ -172,7 +178,7 @@ class _Job:
         specs = variants(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
         with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
             emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
-            device = _device(self.target)
+            device = None if self.defer_gate else _device(self.target)
             selection = select(graph, specs, self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)))
             done("kernels")
             plans = [v for v in (_plan(graph, spec, selection) for spec in specs) if not v.capture or _capturable(v)]
@@ -186,6 +192,7 @@ class _Job:
                 if dump is not None:
                     (dump / "kernels").mkdir(exist_ok=True)
                     (dump / kernel.source).write_text(text)
+            writer.add_file(CHECKS, msgspec.json.format(msgspec.json.encode([c for c in selection.checks if used.issuperset(c.kernels)]), indent=1))
         done("plan")
         progress("pack weights", 0.0)
         known = store.same_weights(self.key_inputs["checkpoint"], described(graph, self.checkpoint))
@@ -202,7 +209,7 @@ class _Job:
             "kernels": {b: sum(k.backend == b for k in kernels) for b in ("triton", "tvm")},
             "entries": {v.name: {b: sum(e.backend == b for e in v.entries) for b in ("triton", "tvm", "torch")} for v in plans},
             "kernels_compiled": emitted.compiled,
-            "gate": {k.name: k.gate for k in kernels},
+            "gate": {k.name: passed(device.type, selection.errors[k.name]) if device is not None else DEFERRED for k in kernels},
             "rejected": selection.rejected,
             "measured_us": selection.measured,
             "weights_gb_per_s": round(speed, 3),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from ingot.artifacts.eager import constant
 from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.ops import Graph, GraphError
 from ingot.ops.dims import Dim, evaluate
@@ -149,26 +150,7 @@ class _Planner:
         return names
 
     def _torch_entry(self, node: fx.Node, outputs: list[str], reason: str) -> None:
-        args = tuple(self._arg(a) for a in node.args)
-        kwargs = {k: self._arg(v) for k, v in node.kwargs.items() if k not in ("layout", "pin_memory", "memory_format")}
-        self.entries.append(Entry(node.name, target_name(node.target), "torch", args, tuple(outputs), kwargs=kwargs, reason=reason))
-
-    def _arg(self, arg: Any) -> Arg:
-        if isinstance(arg, fx.Node):
-            if arg in self.holds:
-                return Arg(value=self.holds[arg])
-            return Arg(dim=self.graph.dim(arg.meta["val"]))
-        if isinstance(arg, (list, tuple)):
-            return Arg(items=tuple(self._arg(a) for a in arg))
-        if isinstance(arg, torch.dtype):
-            return Arg(dtype=dtype_name(arg))
-        if isinstance(arg, torch.device):
-            return Arg(device=True)
-        if isinstance(arg, torch.SymInt):
-            return Arg(dim=self.graph.dim(arg))
-        if arg is None or isinstance(arg, (bool, int, float, str)):
-            return Arg(const=arg) if not isinstance(arg, float) or (arg == arg and abs(arg) != float("inf")) else Arg(number=str(arg))
-        raise GraphError(f"an argument of type {type(arg).__name__} ({arg}) has no form in a plan")
+        self.entries.append(_torch_entry(self.graph, node, self.holds, outputs, reason))
 
     def _launches(self, node: fx.Node, choice: Choice, outputs: list[str]) -> None:
         candidate = choice.candidate
@@ -204,6 +186,34 @@ class _Planner:
             done[held] = self.fresh(f"{name}.contiguous", self.fakes[node].dtype, value.shape)
             self.entries.append(Entry(node.name, "aten.clone", "torch", (Arg(value=held),), (done[held],), reason="a kernel reads contiguous rows"))
         return done[held]
+
+
+def _torch_entry(graph: Graph, node: fx.Node, holds: Mapping[fx.Node, Any], outputs: Sequence[str], reason: str = "") -> Entry:
+    args = tuple(_arg(graph, a, holds) for a in node.args)
+    kwargs = {k: _arg(graph, v, holds) for k, v in node.kwargs.items() if k not in ("layout", "pin_memory", "memory_format")}
+    return Entry(node.name, target_name(node.target), "torch", args, tuple(outputs), kwargs=kwargs, reason=reason)
+
+
+def _arg(graph: Graph, arg: Any, holds: Mapping[fx.Node, Any]) -> Arg:
+    if isinstance(arg, fx.Node):
+        return Arg(value=holds[arg]) if arg in holds else Arg(dim=graph.dim(arg.meta["val"]))
+    if isinstance(arg, (list, tuple)):
+        return Arg(items=tuple(_arg(graph, a, holds) for a in arg))
+    if isinstance(arg, torch.SymInt):
+        return Arg(dim=graph.dim(arg))
+    known = constant(arg)
+    if known is None:
+        raise GraphError(f"an argument of type {type(arg).__name__} ({arg}) has no form in a plan")
+    return known
+
+
+def reference_of(graph: Graph, region: Region) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """A region as torch entries over its arguments, and the names of its results: what its kernel is compared with where there is no graph."""
+    nodes = list(region.module.graph.nodes)
+    holds = {n: n.name for n in nodes if n.op == "placeholder" or (n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor))}
+    entries = tuple(_torch_entry(graph, n, holds, (n.name,)) for n in nodes if n.op == "call_function" and n in holds)
+    (returned,) = region.module.graph.output_node().args
+    return entries, tuple(n.name for n in (returned if isinstance(returned, (tuple, list)) else (returned,)))  # type: ignore[union-attr]
 
 
 def _aligned(value: Value) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._dynamo import register_backend
 
+from ingot.artifacts import gate
 from ingot.artifacts.bound import Loaded
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
@@ -24,7 +25,6 @@ from ingot.ops.errors import IngotError
 from ingot.ops.kernel import Call, Steps
 from ingot.ops.target import host
 
-from . import gate
 from .codegen.emit import Emitter
 from .from_function import from_function
 from .pipeline import lower

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ingot.artifacts.bound import Loaded
-from ingot.artifacts.plan import Arg, Entry, Value, Variant
-from ingot.ops import OPS
+from ingot.artifacts.eager import function, value
+from ingot.artifacts.plan import Entry, Value, Variant
 from ingot.ops.dims import evaluate
 from ingot.ops.library import CALLS
 
@@ -39,25 +39,11 @@ def bind(
             tensors[name] = _tensor(by_name[name], by_name, sizes, roots, arena)
         return tensors[name]
 
-    def value(arg: Arg) -> Any:
-        if arg.value is not None:
-            t = tensor(arg.value)
-            return t.view(getattr(torch, arg.view)) if arg.view else t
-        if arg.items is not None:
-            return [value(i) for i in arg.items]
-        if arg.dim is not None:
-            return evaluate(arg.dim, sizes)
-        if arg.number:
-            return float(arg.number)
-        if arg.dtype:
-            return getattr(torch, arg.dtype)
-        return device if arg.device else arg.const
-
     calls: list[Callable[[], object]] = []
     for entry in variant.entries:
-        args = [value(a) for a in entry.args]
+        args = [value(a, tensor, sizes, device) for a in entry.args]
         if entry.backend == "torch":
-            calls.append(_eager(entry, args, {k: value(v) for k, v in entry.kwargs.items()}, [tensor(o) for o in entry.outputs]))
+            calls.append(_eager(entry, args, {k: value(v, tensor, sizes, device) for k, v in entry.kwargs.items()}, [tensor(o) for o in entry.outputs]))
         else:
             grid = tuple(-(-evaluate(g.dim, sizes) // g.block) for g in entry.grid)
             calls.append(kernels[entry.kernel].bind(args, grid))
@@ -86,8 +72,7 @@ def _eager(entry: Entry, args: list[Any], kwargs: dict[str, Any], outputs: list[
     if entry.kernel:
         fn = CALLS[entry.kernel]
         return lambda: fn(*args)
-    namespace, _, name = entry.target.partition(".")
-    op = OPS[name].reference if namespace == "ingot" else _aten(name)
+    op = function(entry.target)
 
     def run() -> None:
         results = op(*args, **kwargs)
@@ -95,8 +80,3 @@ def _eager(entry: Entry, args: list[Any], kwargs: dict[str, Any], outputs: list[
             place.copy_(result)
 
     return run
-
-
-def _aten(name: str) -> Callable[..., Any]:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.aten, packet), overload or "default")

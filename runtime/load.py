@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.gate_record import refuse_failed
 from ingot.artifacts.settings import settings
 from ingot.ops.target import check_runs_here
 
@@ -20,7 +21,8 @@ from .tokenizer import Tokenizer
 def load_engine(path: Path | str, options: EngineOptions, progress: Progress = lambda stage, done: None) -> Engine:
     """Open the artifact at `path` and make it ready: nothing is compiled, captured or allocated after this returns.
 
-    Raises ArtifactError (damaged), TargetError (made for another machine) and MemoryPlanError (does not fit) before weights are read.
+    Raises ArtifactError (damaged), TargetError (made for another machine), GateError (its kernels failed) and MemoryPlanError
+    (does not fit) before weights are read.
     """
     start = time.perf_counter()
     artifact = Artifact.open(path)
@@ -28,6 +30,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
     check_runs_here(manifest.target, f"ingot compile {manifest.model.name} --target auto")
     if manifest.target.kind == "cpu":
         torch.set_num_threads(options.num_threads or settings().num_threads)
+    refuse_failed(artifact)
     plans = {name: artifact.plan(name) for name in manifest.variants}
     memory = plan_memory(
         artifact,

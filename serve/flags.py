@@ -30,6 +30,7 @@ class CompileFlags:
     max_num_batched_tokens: Annotated[int | None, _option("--max-num-batched-tokens", min=1, help="Most tokens in one step.")] = None
     deterministic: Annotated[bool, _option("--deterministic", help="A request's tokens do not depend on its batch.")] = False
     dummy_weights: Annotated[bool, _option("--dummy-weights", help="Random weights: the artifact stores a seed.")] = False
+    defer_gate: Annotated[bool, _option("--defer-gate", help="Compare no kernel with its reference now; `ingot artifacts verify --gate` does it.")] = False
     trust_remote_code: Annotated[bool, _option("--trust-remote-code", help="Run modeling code that comes with the checkpoint.")] = False
 
     @property

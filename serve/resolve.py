@@ -13,6 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.files import read
+from ingot.artifacts.gate_record import notice
+from ingot.artifacts.manifest import MANIFEST, decode
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
 from ingot.ops import target
@@ -26,8 +30,15 @@ def resolve(name: str, flags: CompileFlags) -> Path:
 
     What was compiled before is found without importing the compiler, by a note whose name hashes everything that could
     have changed since. Raises ResolveError when compile flags are given with an artifact; SystemExit with the compiler's
-    exit code when compilation failed, which has been explained on stderr by then.
+    exit code when compilation failed, which has been explained on stderr by then. Says so when the gate of its kernels is missing.
     """
+    path = _resolve(name, flags)
+    if missing := notice(Artifact(path, decode(read(path / MANIFEST), path / MANIFEST))):
+        print(f"ingot: {missing}", file=sys.stderr, flush=True)
+    return path
+
+
+def _resolve(name: str, flags: CompileFlags) -> Path:
     found = _find(name)
     if found is not None:
         return _as_it_is(found, name, flags)

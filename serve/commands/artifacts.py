@@ -8,12 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ingot.artifacts.files import ArtifactError
+from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
+from ingot.ops.errors import IngotError
+from ingot.ops.target import here
+
+from ..progress import StageBar
 
 app = typer.Typer(help="The store: list, verify, clean, export and import artifacts.", no_args_is_help=True)
-Artifact = Annotated[str, typer.Argument(help="An artifact's folder or key.")]
+Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's folder or key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,18 +50,37 @@ def list_artifacts(as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(artifacts: Annotated[list[str] | None, typer.Argument(help="Folders or keys; all of the store when none is given.")] = None) -> None:
-    """Check every byte of artifacts against their manifests; exit code 1 if one is damaged."""
+def verify(
+    artifacts: Annotated[list[str] | None, typer.Argument(help="Folders or keys; all of the store when none is given.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Also compare each kernel with its reference here; recorded beside the artifact.")] = False,
+) -> None:
+    """Check every byte of artifacts against their manifests; exit code 1 if one is damaged, or a kernel fails its gate."""
     store = _store()
-    damaged = 0
+    bad = 0
     for name in artifacts or [a.key for a in store.list()]:
         try:
-            store.open(name).verify()
-            print(f"{name}: good")
-        except ArtifactError as error:
-            damaged += 1
+            artifact = store.open(name)
+            artifact.verify()
+            found = _gate(artifact, must=bool(artifacts)) if gate else ""
+            print(f"{name}: good{found}")
+        except IngotError as error:
+            bad += 1
             print(f"{name}: {error}")
-    raise typer.Exit(min(damaged, 1))
+    raise typer.Exit(min(bad, 1))
+
+
+def _gate(artifact: Artifact, must: bool) -> str:
+    """Run the gate and say what it found; unless it `must`, an artifact for another machine is left alone."""
+    from ingot.artifacts.gate import run
+    from ingot.artifacts.gate_record import refuse_failed
+
+    target = artifact.manifest.target
+    if not must and not target.runs_on(here(target.kind)):
+        return f"; its gate needs {target}"
+    with StageBar(f"comparing kernels of {artifact.manifest.model.name}") as bar:
+        record = run(artifact, lambda done, of: bar.update("gate", done / max(of, 1)))
+    refuse_failed(artifact)
+    return f"; {len(record.errors)} kernels agree with their references on {record.device}, worst error {max(record.errors.values(), default=0.0):.1e}"
 
 
 @app.command()
@@ -79,7 +102,7 @@ def remove(artifacts: Annotated[list[str], typer.Argument(help="Keys.")]) -> Non
 
 
 @app.command()
-def export(artifact: Artifact, file: Annotated[Path, typer.Argument(help="The tar to write.")]) -> None:
+def export(artifact: Name, file: Annotated[Path, typer.Argument(help="The tar to write.")]) -> None:
     """Write an artifact as one file, to be imported on another machine."""
     _store().export(artifact, file)
     print(f"{file}: {file.stat().st_size:,} bytes")

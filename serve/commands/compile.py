@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ def compile_command(
 ) -> None:
     """Compile a model for a target, unless the store has it already."""
     from ingot.artifacts.artifact import Artifact
+    from ingot.artifacts.gate_record import notice
     from ingot.compiler.build import CompileOptions, compile_model
 
     from ..progress import StageBar
@@ -33,3 +35,5 @@ def compile_command(
         print(json.dumps({"path": str(built.path), "key": built.key, "hit": built.hit, "report": report}))
     else:
         print(f"{'found' if built.hit else 'compiled'} in {time.perf_counter() - start:.1f} s: {built.path}")
+        if missing := notice(Artifact.open(built.path)):
+            print(f"ingot: {missing}", file=sys.stderr)

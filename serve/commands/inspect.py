@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.gate_record import verdicts
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
 
@@ -32,14 +33,14 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     """Everything `inspect` shows, as JSON types; sizes are bytes."""
     manifest = artifact.manifest
     described = msgspec.to_builtins(manifest)
-    kernels = {k.name: k for k in manifest.kernels}
+    kernels, gate = {k.name: k for k in manifest.kernels}, verdicts(artifact)
     variants = []
     for name in manifest.variants:
         plan = artifact.plan(name)
         sizes = {field: getattr(plan, field) for field in ("max_tokens", "max_seqs", "max_num_new", "max_rows", "capture", "arena_bytes")}
         entries = [
             {"node": e.node, "target": e.target, "backend": e.backend, "kernel": e.kernel, "reason": e.reason}
-            | ({"gate": kernels[e.kernel].gate, "family": kernels[e.kernel].family} if e.kernel in kernels else {})
+            | ({"gate": gate[e.kernel], "family": kernels[e.kernel].family} if e.kernel in kernels else {})
             for e in plan.entries
         ]
         variants.append({"name": name, **sizes, "backends": dict(Counter(e.backend for e in plan.entries)), "entries": entries})
@@ -50,7 +51,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_token": sum(g.bytes_per_unit // g.page_size for g in manifest.groups if g.page_size),
         "slot_bytes_per_sequence": sum(g.bytes_per_unit for g in manifest.groups if not g.page_size),
         "variants": variants,
-        "kernels": [{**k, "file_bytes": artifact.path(k["file"]).stat().st_size} for k in described["kernels"]],
+        "kernels": [{**k, "gate": gate[k["name"]], "file_bytes": artifact.path(k["file"]).stat().st_size} for k in described["kernels"]],
         "weights": {
             "tensors": len(manifest.weights),
             "bytes": sum(w.nbytes for w in manifest.weights),

@@ -14,7 +14,7 @@ import torch
 
 from ingot.artifacts.artifact import Artifact, ArtifactWriter
 from ingot.artifacts.files import ArtifactError
-from ingot.artifacts.manifest import Manifest, decode, encode, seal
+from ingot.artifacts.manifest import SCHEMA_VERSION, Manifest, decode, encode, seal
 from ingot.artifacts.weights import load
 from ingot.ops.graph import Recipe
 
@@ -102,7 +102,8 @@ def test_every_byte_of_the_manifest_counts(artifact: Artifact, rng: random.Rando
             decode(data[:offset], path)
 
 
-FOREIGN = [b"", b"{}", b"[]", b"null", b"\x80\xff", b"[" * 100_000, b'{"schema_version": "1"}', b'{"schema_version": 1, "name": "package.json"}', b"\x7fELF"]
+THIS_VERSION = f'{{"schema_version": {SCHEMA_VERSION}, "name": "package.json"}}'.encode()
+FOREIGN = [b"", b"{}", b"[]", b"null", b"\x80\xff", b"[" * 100_000, b'{"schema_version": "1"}', THIS_VERSION, b"\x7fELF"]
 
 
 @pytest.mark.parametrize("data", FOREIGN, ids=range(len(FOREIGN)))
@@ -111,7 +112,7 @@ def test_a_foreign_manifest_is_refused(data: bytes) -> None:
         decode(data, Path("manifest.json"))
 
 
-@pytest.mark.parametrize(("version", "word"), [(2, "newer.*upgrade Ingot"), (0, "older.*compile the model again")])
+@pytest.mark.parametrize(("version", "word"), [(SCHEMA_VERSION + 1, "newer.*upgrade Ingot"), (SCHEMA_VERSION - 1, "older.*compile the model again")])
 def test_another_version_is_refused_whatever_else_it_says(version: int, word: str) -> None:
     with pytest.raises(ArtifactError, match=word):
         decode(msgspec.json.encode({"schema_version": version, "a_field_of_that_version": [1]}), Path("manifest.json"))

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ingot.artifacts.gate import bind, relative
 from ingot.artifacts.launch_tvm import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.region import candidates
 from ingot.compiler.codegen.triton import compile_source
 from ingot.compiler.codegen.tvm import compile_sources
 from ingot.compiler.from_function import from_function
-from ingot.compiler.gate import bind, relative
 from ingot.compiler.passes.group_regions import group_regions
 from ingot.ops import Graph, InputSpec
 from ingot.ops.dims import evaluate

@@ -66,8 +66,8 @@ def test_rows_can_be_joined(name: str) -> None:
 
 @pytest.mark.parametrize("name", formats.names())
 def test_random_parts_make_a_weight_of_the_usual_size(name: str) -> None:
-    from ingot.compiler.random_inputs import random_inputs
     from ingot.ops.kernel import Call, Steps, Tensor
+    from ingot.ops.random_inputs import random_inputs
 
     form = get(name)
     plain = form.quantize(torch.empty(256, 512, device="meta"))

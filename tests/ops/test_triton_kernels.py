@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import ingot.ops.triton
+from ingot.artifacts.gate import bind, error
 from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.triton import compile_source
-from ingot.compiler.gate import bind, error
 from ingot.ops import OPS
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS

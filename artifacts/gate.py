@@ -1,27 +1,78 @@
-"""The numeric gate: a kernel is emitted only after it agreed with its op's reference on the device, or is marked deferred."""
+"""The numeric gate: a kernel against its op's reference, on seeded random inputs and the device that it is for."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from ingot.artifacts.bound import Loaded
 from ingot.ops import OPS
 from ingot.ops.dims import evaluate
-from ingot.ops.errors import IngotError
-from ingot.ops.kernel import Call, Candidate, Operand, Tensor
+from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor
 from ingot.ops.library import CALLS
+from ingot.ops.random_inputs import random_inputs, step_sizes
+from ingot.ops.target import check_runs_here, here
+
+from .artifact import Artifact
+from .bound import Loaded, load
+from .check import read_checks
+from .gate_record import GateRecord
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest ‖out − ref‖ / ‖ref‖ against the reference in float32; rounding alone gives 1e-6, 5e-4, 4e-3."""
+_TOKENS = 37
 
 
-class GateError(IngotError):
-    """No candidate for a call agrees with its reference."""
+def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, of: None) -> GateRecord:
+    """Compare every kernel with its reference on this machine's device, and write the record. TargetError: the device is not here."""
+    target = artifact.manifest.target
+    check_runs_here(target, f"ingot compile {artifact.manifest.model.name} --target auto")
+    machine, device = here(target.kind), torch.device(target.kind)
+    assert machine is not None
+    checks = read_checks(artifact)
+    loaded: dict[str, Loaded] = {k.name: load(k, artifact.path(k.file)) for k in artifact.manifest.kernels}
+    errors: dict[str, float] = dict.fromkeys(loaded, 0.0)
+    failed: dict[str, str] = {}
+    for i, check in enumerate(checks):
+        progress(i, len(checks))
+        call, candidate = check.restore()
+        worst = compare(call, check.steps, candidate, [loaded.get(x.kernel) for x in check.launches], device)
+        for kernel in check.kernels:
+            errors[kernel] = max(errors[kernel], worst)
+            if worst > tolerance(call):
+                failed[kernel] = f"error {worst:.1e} in {check.op} of up to {check.steps.max_tokens} tokens, at most {tolerance(call):.0e}"
+    progress(len(checks), len(checks))
+    record = GateRecord(artifact.manifest.digest, machine.device, errors, failed)
+    record.write(artifact)
+    return record
+
+
+def compare(call: Call, steps: Steps, candidate: Candidate, kernels: Sequence[Loaded | None], device: torch.device) -> float:
+    """Largest relative error of a candidate over a small ragged step. `kernels`: one a launch, None for library calls."""
+    inputs, sizes = arguments(call, steps, device, _TOKENS, seed=sum(map(ord, call.op)))
+    before = {n: inputs[n].clone() for n in states(call)}
+    outputs, run = bind(candidate, call, inputs, sizes, kernels)
+    run()
+    return error(call, inputs, outputs, before)
+
+
+def tolerance(call: Call) -> float:
+    """The error that a kernel for this call may have: that of the coarsest floating dtype among arguments and results."""
+    dtypes = {t.dtype for t in (*call.args.values(), *call.results) if isinstance(t, Tensor)}
+    return TOLERANCE[next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)]
+
+
+def arguments(call: Call, steps: Steps, device: torch.device, tokens: int, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Random arguments of a step of about `tokens` tokens, and its sizes, those of the groups included."""
+    sizes = step_sizes(steps, tokens)
+    inputs = random_inputs(call, steps, sizes, device, seed)
+    for name, arg in call.args.items():
+        for d, n in zip(getattr(arg, "shape", ()), getattr(inputs[name], "shape", ()), strict=True):
+            if isinstance(d, dict) and len(d) == 1 and not d.keys() & {"T", "S", "R"}:
+                sizes[next(iter(d))] = n
+    return inputs, sizes
 
 
 def bind(
@@ -42,8 +93,9 @@ def bind(
     for launch, kernel in zip(candidate.launches, kernels, strict=True):
         args = [value(o) for o in launch.operands]
         if launch.source.backend == "torch":
-            runs.append(lambda fn=CALLS[launch.source.symbol], a=args: fn(*a))
+            runs.append(partial(CALLS[launch.source.symbol], *args))
         else:
+            assert kernel is not None
             runs.append(kernel.bind(args, tuple(-(-evaluate(d, sizes) // b) for d, b in launch.grid)))
 
     alive = (inputs, outputs, scratch)  # a launcher knows addresses alone
@@ -85,40 +137,3 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return float("inf")
     a, b = actual[finite].double(), expected[finite].double()
     return float((a - b).norm() / (b.norm() + 1e-30))
-
-
-def seconds(runs: Sequence[Callable[[], None]], device: torch.device, budget: float = 0.01) -> float:
-    """Median time of one of `runs`, which do the same on different memory, over repetitions worth about `budget` seconds."""
-    if device.type == "cuda":
-        return _cuda_seconds(runs)
-    for run in runs:
-        run()
-    times: list[float] = []
-    while sum(times) < budget and len(times) < 50:
-        start = time.perf_counter()
-        for run in runs:
-            run()
-        times.append((time.perf_counter() - start) / len(runs))
-    return statistics.median(times)
-
-
-def _cuda_seconds(runs: Sequence[Callable[[], None]]) -> float:
-    """As a CUDA graph of at least ten runs, since that is how they will be replayed."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        runs[0]()
-    stream.synchronize()
-    count = max(10, len(runs))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(count):
-            runs[i % len(runs)]()
-    times = []
-    for _ in range(5):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / count)
-    return statistics.median(times)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ingot.ops import dummy, formats
-from ingot.ops.dims import Dim, evaluate
-from ingot.ops.kernel import Call, Steps, Tensor
+from . import dummy, formats
+from .dims import Dim, evaluate
+from .kernel import Call, Steps, Tensor
 
 
 def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
