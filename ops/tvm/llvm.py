@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from textwrap import dedent, indent
 
 
-def functions(n: int, native_bfloat16: bool) -> dict[str, str]:
+def functions(n: int, native_bfloat16: bool, native_bytes: bool) -> dict[str, str]:
     """LLVM functions by name, for vectors of n lanes. 16-bit floats are widened and narrowed as the i16 that memory holds."""
     f, i, s = f"<{n} x float>", f"<{n} x i32>", f"<{n} x i16>"
     out: dict[str, str] = {}
@@ -128,6 +128,7 @@ def functions(n: int, native_bfloat16: bool) -> dict[str, str]:
         define("float", name, f"{f} %x", f"%y = call {intrinsic}.v{n}f32({start}{f} %x)\nret float %y")
     _define_shuffles(define, n)
     _define_elementary(define, n)
+    _define_integers(define, n, native_bytes)
     return out
 
 
@@ -256,4 +257,61 @@ def _define_elementary(define: Callable[[str, str, str, str], None], n: int) -> 
         %t = fmul {f} %x, %c
         %s = call {f} @sigmoid({f} %t)
         %y = fmul {f} %x, %s
+        ret {f} %y""")  # fmt: skip
+
+
+def _define_integers(define: Callable[[str, str, str, str], None], n: int, native_bytes: bool) -> None:
+    """Four bytes a lane, and what becomes of them."""
+    f, i, b, h = f"<{n} x float>", f"<{n} x i32>", f"<{n} x i8>", f"<{2 * n} x i16>"
+    define(i, "load_bytes", "ptr %p", f"""
+        %x = load {i}, ptr %p, align 1
+        ret {i} %x""")  # fmt: skip
+    define(i, "splat_bytes", "ptr %p", f"""
+        %e = load i32, ptr %p, align 1
+        %a = insertelement {i} poison, i32 %e, i64 0
+        %x = shufflevector {i} %a, {i} poison, {i} zeroinitializer
+        ret {i} %x""")  # fmt: skip
+    define(i, "low_nibbles", f"{i} %x", f"""
+        %y = and {i} %x, splat (i32 252645135)
+        ret {i} %y""")  # fmt: skip
+    define(i, "high_nibbles", f"{i} %x", f"""
+        %s = lshr {i} %x, splat (i32 4)
+        %y = and {i} %s, splat (i32 252645135)
+        ret {i} %y""")  # fmt: skip
+    # acc + Σ of four products a lane, w unsigned and x signed. Without the instruction: even and odd bytes apart, as words.
+    words = "llvm.x86.avx512.pmaddw.d.512" if n == 16 else "llvm.x86.avx2.pmadd.wd"
+    define(i, "dot_bytes", f"{i} %acc, {i} %w, {i} %x", f"""
+        %a = bitcast {i} %w to <{4 * n} x i8>
+        %b = bitcast {i} %x to <{4 * n} x i8>
+        %y = call {i} @llvm.x86.avx512.vpdpbusd.512({i} %acc, <{4 * n} x i8> %a, <{4 * n} x i8> %b)
+        ret {i} %y""" if native_bytes else f"""
+        %a = bitcast {i} %w to {h}
+        %b = bitcast {i} %x to {h}
+        %ae = and {h} %a, splat (i16 255)
+        %ao = lshr {h} %a, splat (i16 8)
+        %bs = shl {h} %b, splat (i16 8)
+        %be = ashr {h} %bs, splat (i16 8)
+        %bo = ashr {h} %b, splat (i16 8)
+        %even = call {i} @{words}({h} %ae, {h} %be)
+        %odd = call {i} @{words}({h} %ao, {h} %bo)
+        %s = add {i} %even, %odd
+        %y = add {i} %acc, %s
+        ret {i} %y""")  # fmt: skip
+    define(f, "integers_as_floats", f"{i} %x", f"""
+        %y = sitofp {i} %x to {f}
+        ret {f} %y""")  # fmt: skip
+    define(i, "rounded", f"{f} %x", f"""
+        %r = call {f} @llvm.rint.v{n}f32({f} %x)
+        %y = fptosi {f} %r to {i}
+        ret {i} %y""")  # fmt: skip
+    define("void", "store_bytes", f"ptr %p, {i} %x", f"""
+        %y = trunc {i} %x to {b}
+        store {b} %y, ptr %p, align 1
+        ret void""")  # fmt: skip
+    define("i32", "sum_integers", f"{i} %x", f"""
+        %y = call i32 @llvm.vector.reduce.add.v{n}i32({i} %x)
+        ret i32 %y""")  # fmt: skip
+    define(f, "larger", f"{f} %most, {f} %x", f"""
+        %a = call {f} @llvm.fabs.v{n}f32({f} %x)
+        %y = call {f} @llvm.maxnum.v{n}f32({f} %most, {f} %a)
         ret {f} %y""")  # fmt: skip

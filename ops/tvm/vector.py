@@ -39,7 +39,8 @@ class Vectors:
     def __init__(self, target: Target) -> None:
         self.lanes = 16 if {"avx512f", "avx512bw", "avx512vl"} <= target.features else 8
         self.native_bfloat16 = self.lanes == 16 and "avx512_bf16" in target.features
-        self.type = f"float32x{self.lanes}"
+        self.native_bytes = self.lanes == 16 and "avx512_vnni" in target.features
+        self.type, self.integer_type = f"float32x{self.lanes}", f"int32x{self.lanes}"
 
     def splat(self, scalar: str | float) -> str:
         """A float32 in every lane."""
@@ -49,6 +50,14 @@ class Vectors:
     def call(self, function: str, *args: str) -> str:
         """A vector from one of the functions below: "exp", "silu", …"""
         return f'T.call_extern("{self.type}", "{function}", {", ".join(args)})'
+
+    def integers(self, function: str, *args: str) -> str:
+        """A vector of int32, or of four bytes a lane, from one of the functions of `llvm.py`: "load_bytes", "dot_bytes", …"""
+        return f'T.call_extern("{self.integer_type}", "{function}", {", ".join(args)})'
+
+    def splat_integer(self, scalar: str) -> str:
+        """An int32 in every lane."""
+        return f"T.broadcast({scalar}, {self.lanes})"
 
     def sum(self, vector: str) -> str:
         return f'T.call_extern("float32", "sum", {vector})'
@@ -113,7 +122,7 @@ class Vectors:
 
     def _functions(self, body: str) -> str:
         """The LLVM functions that `body` calls, and those that they call."""
-        definitions = llvm.functions(self.lanes, self.native_bfloat16)
+        definitions = llvm.functions(self.lanes, self.native_bfloat16, self.native_bytes)
         needed: dict[str, None] = {}
         waiting = re.findall(r'T\.call_extern\("\w+", "(\w+)"', body)
         while waiting:
@@ -124,7 +133,7 @@ class Vectors:
         return "\n" + "".join(definitions[n] for n in definitions if n in needed)
 
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 
 
 def parallel(steps: Steps, tensor: Tensor, cost: int = 1) -> str:

@@ -13,7 +13,7 @@ import torch
 from ingot.artifacts.launch_tvm import SharedObject, load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.tvm import compile_sources
-from ingot.ops import OPS, tvm
+from ingot.ops import OPS, formats, tvm
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Candidate, Operand, Steps, Tensor
@@ -65,6 +65,27 @@ def _linears() -> None:
         case("linear_glu", FEW, {"x": rows(dtype, 75), "weight": weight(dtype, 2 * i, 75), "act": act}, rows(dtype, i))
     wanted = Tensor(BF16, (R, 40))
     case("linear", Steps(64, 8, 64, 8, False), {"x": wanted, "weight": weight(BF16, 51, 40), "bias": None}, Tensor(BF16, (R, 51)))
+
+
+def _quantized() -> None:
+    """Groups that do not divide, tiles that are not full, both roundings of x, every epilogue."""
+    for steps, dtype, name, activation, n, k, extra in (
+        (FEW, F32, "int8_channel", "int8_token", 37, 75, "bias"),
+        (FEW, BF16, "int4_group32", "int8_group32", 24, 300, "residual"),
+        (PREFILL, BF16, "int4_group128", "int8_group128", 40, 256, "bias residual"),
+        (PREFILL, F32, "int4_group64_zero", "int8_group64", 16, 200, ""),
+        (ONE, BF16, "int8_group32_zero", "int8_token", 33, 96, ""),
+        (FEW, F16, "int8_channel", "int8_group128", 26, 170, "silu"),
+        (PREFILL, F32, "int4_channel", "int8_group32", 48, 75, "gelu"),
+        (PREFILL, F32, "int4_group32", "int8_token", 66, 70, "silu"),
+    ):
+        act = extra if extra in ACTIVATIONS else None
+        columns, form = n // 2 if act else n, formats.get(name)
+        parts = formats.packed(form.quantize(torch.empty(n, k, dtype=dtype, device="meta")), name, "tile16", 2 if act else 1)
+        args: dict[str, Any] = {"x": rows(dtype, k), "zero": None} | {p: weight(t.dtype, *t.shape) for p, t in parts.items()} | {"input_scale": None}
+        args = {a: args[a] for a in ("x", "weight", "scale", "zero", "input_scale")}
+        args |= {"bias": weight(dtype, n) if "bias" in extra else None, "residual": rows(dtype, n) if "residual" in extra else None, "act": act}
+        case("quantized_linear", steps, args | {"format": name, "layout": "tile16", "activation": activation, "n": n}, rows(dtype, columns))
 
 
 def _norms() -> None:
@@ -129,7 +150,7 @@ def _attention() -> None:
         case("paged_attention", steps, args, rows(dtype, heads, f))
 
 
-for define in (_linears, _norms, _glus, _tables, _rotations, _writes, _attention):
+for define in (_linears, _quantized, _norms, _glus, _tables, _rotations, _writes, _attention):
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
@@ -192,6 +213,9 @@ def _random(name: str, arg: Any, call: Call, sizes: dict[str, int]) -> Any:
     if not isinstance(arg, Tensor):
         return arg
     shape = [evaluate(d, sizes) for d in arg.shape]
+    if call.op == "quantized_linear" and name in ("weight", "scale", "zero"):
+        mean, std = formats.get(call.args["format"]).moments(name, call.args["x"].shape[1])
+        return torch.randint(0, 256, shape, dtype=arg.dtype) if name == "weight" else (torch.randn(shape) * std + mean).to(arg.dtype)
     if not arg.dtype.is_floating_point:
         below = {"positions": 9000, "rows": sizes["T"], "ids": 99}[name]
         return torch.randint(0, below, shape, dtype=arg.dtype)
@@ -215,7 +239,9 @@ def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels
         expected = expected if isinstance(expected, tuple) else () if expected is None else (expected,)
         outputs = [torch.full(e.shape, float("nan"), dtype=r.dtype) for e, r in zip(expected, call.results, strict=True)]
         tokens = {"T": next((len(v) for n, v in values.items() if isinstance(call.args[n], Tensor) and call.args[n].shape[0] == T), 0)}
-        scratch = [torch.full([evaluate(d, tokens) for d in s.shape], float("nan"), dtype=s.dtype) for s in candidate.scratch]
+        scratch = [
+            torch.full([evaluate(d, tokens) for d in s.shape], float("nan") if s.dtype.is_floating_point else 99, dtype=s.dtype) for s in candidate.scratch
+        ]
 
         def operand(o: Operand, values: dict[str, Any] = values, outputs: list[torch.Tensor] = outputs, scratch: list[torch.Tensor] = scratch) -> torch.Tensor:
             return values[o.arg] if o.arg is not None else outputs[o.out] if o.out is not None else scratch[o.scratch or 0]
