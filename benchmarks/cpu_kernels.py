@@ -1,6 +1,6 @@
 """The decode linears of a model on this CPU: GB/s of weights, beside the bandwidth that a plain read of memory reaches.
 
-    python benchmarks/cpu_kernels.py --config DIR_OR_JSON [--rows 1] [--threads N] > result.json
+    python benchmarks/cpu_kernels.py --config DIR_OR_JSON [--rows 1] [--threads N] [--quantize int4-g128] > result.json
 
 Weights are rotated through 256 MB, so that no cache holds them. Times are medians.
 """
@@ -22,8 +22,11 @@ from ingot.artifacts.launch_tvm import SharedObject, load
 from ingot.artifacts.plan import Kernel
 from ingot.artifacts.settings import settings
 from ingot.compiler.codegen.tvm import compile_sources
-from ingot.ops import tvm
-from ingot.ops.kernel import CLAIMS, Call, Source, Steps, Tensor
+from ingot.compiler.quantization import choose_online
+from ingot.compiler.random_inputs import random_inputs
+from ingot.ops import formats, tvm
+from ingot.ops.dims import evaluate
+from ingot.ops.kernel import CLAIMS, Call, Operand, Source, Steps, Tensor
 from ingot.ops.target import host
 from ingot.ops.tvm.vector import Vectors
 
@@ -49,6 +52,19 @@ def call(op: str, n: int, k: int, dtype: torch.dtype) -> Call:
     result = Tensor(dtype, ({"T": 1}, columns))
     extra: dict[str, Any] = {"linear": {"bias": None}, "linear_add": {"bias": None, "residual": result}, "linear_glu": {"act": "silu"}}[op]
     return Call(op, {"x": Tensor(dtype, ({"T": 1}, k)), "weight": Tensor(dtype, (n, k)), **extra}, (result,))
+
+
+def quantized(plain: Call, method: str, is_head: bool) -> Call:
+    """The same product with its weight in the format that `--quantize` gives it."""
+    chosen = choose_online(method, host(), ())("lm_head.weight" if is_head else "weight", is_head)
+    assert chosen is not None
+    form, (n, k), act = formats.get(chosen[0]), plain.args["weight"].shape, plain.args.get("act")
+    weight = torch.empty(n, k, dtype=plain.args["x"].dtype, device="meta")
+    parts = formats.packed(form.quantize(weight), form.name, form.layout(host()), 2 if act else 1)
+    tensors = {name: Tensor(p.dtype, tuple(p.shape)) for name, p in parts.items()}
+    args = {"x": plain.args["x"], "weight": None, "scale": None, "zero": None, **tensors, "input_scale": None, "bias": None}
+    args |= {"residual": plain.args.get("residual"), "act": act, "format": form.name, "layout": form.layout(host()), "activation": chosen[1], "n": n}
+    return Call("quantized_linear", args, plain.results)
 
 
 def read_source() -> Source:
@@ -83,40 +99,62 @@ def compiled(sources: list[Source], folder: Path) -> list[SharedObject]:
     return [load(Kernel(p.stem, s.family, "tvm", s.symbol, p.name, ""), p) for s, p in zip(sources, paths, strict=True)]
 
 
-def measure(config: dict[str, Any], rows: int, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+def measure(config: dict[str, Any], rows: int, dtype: torch.dtype, method: str, folder: Path) -> dict[str, Any]:
     steps = Steps(rows, rows, 1, rows, False)
     calls = {name: call(*shape, dtype) for name, shape in shapes(config).items()}
-    candidates = {name: CLAIMS[c.op, "tvm"][0](c, steps, host())[0].launches[0] for name, c in calls.items()}
-    read, *kernels = compiled([read_source(), *(launch.source for launch in candidates.values())], folder)
+    if method != "none":
+        calls = {name: quantized(c, method, name == "lm_head") for name, c in calls.items()}
+    candidates = {name: CLAIMS[c.op, "tvm"][0](c, steps, host())[0] for name, c in calls.items()}
+    read, *kernels = compiled([read_source(), *(launch.source for c in candidates.values() for launch in c.launches)], folder)
+    loaded = iter(kernels)
 
     array = torch.ones(ROTATED_BYTES // 4)
     bandwidth = ROTATED_BYTES / seconds([read.bind([array, torch.empty(len(array) // 1024)])]) / 1e9
     result: dict[str, Any] = {"device": host().device, "threads": torch.get_num_threads(), "rows": rows, "read_gb_per_s": round(bandwidth, 1)}
-    for (name, launch), kernel in zip(candidates.items(), kernels, strict=True):
-        args = calls[name].args
-        n, k = args["weight"].shape
-        weights = torch.randn(max(1, ROTATED_BYTES // (n * k * dtype.itemsize)), n, k).to(dtype)
-        fixed = {a: torch.randn(rows, *t.shape[1:]).to(dtype) for a, t in args.items() if isinstance(t, Tensor) and a != "weight"}
-        out = torch.empty(rows, *calls[name].results[0].shape[1:], dtype=dtype)
-        runs = [kernel.bind([w if o.arg == "weight" else out if o.arg is None else fixed[o.arg] for o in launch.operands]) for w in weights]
-        elapsed = seconds(runs)
-        rate = n * k * dtype.itemsize / elapsed / 1e9
-        result[name] = {"shape": [n, k], "us": round(elapsed * 1e6, 1), "gb_per_s": round(rate, 1), "of_read": round(rate / bandwidth, 3)}
-    return result
+    total = 0.0
+    for name, candidate in candidates.items():
+        c = calls[name]
+        fixed = random_inputs(c, steps, {"T": rows, "S": rows, "R": rows}, "cpu", 0)
+        stored = {a: t for a, t in fixed.items() if a in ("weight", "scale", "zero") and t is not None}
+        nbytes = sum(t.nbytes for t in stored.values())
+        copies = [{a: t.clone() for a, t in stored.items()} for _ in range(max(1, ROTATED_BYTES // nbytes))]
+        scratch = [torch.empty([evaluate(d, {"T": rows}) for d in t.shape], dtype=t.dtype) for t in candidate.scratch]
+        out = torch.empty(rows, *c.results[0].shape[1:], dtype=dtype)
+        functions = [next(loaded) for _ in candidate.launches]
+
+        values = dict(fixed) | {f"scratch {i}": t for i, t in enumerate(scratch)} | {"out": out}
+        bound = [
+            [f.bind([(values | copy)[_name(o)] for o in launch.operands]) for f, launch in zip(functions, candidate.launches, strict=True)] for copy in copies
+        ]
+        elapsed = seconds([lambda calls=calls: [run() for run in calls] for calls in bound])  # type: ignore[misc]
+        total += elapsed * (1 if name == "lm_head" else config["num_hidden_layers"])
+        rate = nbytes / elapsed / 1e9
+        result[name] = {
+            "shape": [c.results[0].shape[1], c.args["x"].shape[1]],
+            "us": round(elapsed * 1e6, 1),
+            "gb_per_s": round(rate, 1),
+            "of_read": round(rate / bandwidth, 3),
+        }
+    return result | {"all_linears_ms": round(total * 1e3, 2)}
+
+
+def _name(operand: Operand) -> str:
+    return operand.arg if operand.arg is not None else "out" if operand.scratch is None else f"scratch {operand.scratch}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a model's config.json, or its folder")
-    parser.add_argument("--rows", type=int, default=1, help="tokens of a step, at most 16")
+    parser.add_argument("--rows", type=int, default=1, help="tokens of a step, at most 16 without --quantize")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--quantize", default="none", help="as for ingot compile")
     parser.add_argument("--threads", type=int, default=settings().num_threads)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tvm.load()
     path = options.config / "config.json" if options.config.is_dir() else options.config
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(json.loads(path.read_text()), options.rows, getattr(torch, options.dtype), Path(folder)), indent=1))
+        print(json.dumps(measure(json.loads(path.read_text()), options.rows, getattr(torch, options.dtype), options.quantize, Path(folder)), indent=1))
 
 
 if __name__ == "__main__":
