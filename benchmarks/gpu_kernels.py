@@ -35,6 +35,7 @@ from ingot.ops.kernel import CLAIMS, Call, Candidate, Steps, Tensor
 from ingot.ops.target import gpu
 
 READ_RATE = 4.54e12  # bytes a second
+PAGE = 64  # tokens of a KV page
 MATRIX_RATE = 700e12  # bfloat16 operations a second, dense
 CACHE_BYTES = 150e6  # more than twice the L2 cache
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
@@ -107,11 +108,11 @@ def linear(model: str, name: str, op: str, rows: int, k: int, n: int) -> Problem
 
 
 def batch(seqs: int, new: int, context: int) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """`seqs` sequences with `new` new tokens each that end at `context`, on shuffled pages of 16."""
-    width = -(-context // 16)
+    """`seqs` sequences with `new` new tokens each that end at `context`, on shuffled pages."""
+    width = -(-context // PAGE)
     pages = torch.randperm(seqs * width).view(seqs, width)
     place = torch.arange(context - new, context)
-    slots = (pages[:, place // 16] * 16 + place % 16).flatten()
+    slots = (pages[:, place // PAGE] * PAGE + place % PAGE).flatten()
     values = {"cu_seqlens_q": torch.arange(seqs + 1) * new, "seq_lens": torch.full((seqs,), context), "page_table": pages, "slot_mapping": slots}
     sizes = {"T": seqs * new, "S": seqs, "P_full": width, "N_full": seqs * width}
     return sizes, {n: v.to(I32).cuda() for n, v in values.items()}
@@ -119,7 +120,7 @@ def batch(seqs: int, new: int, context: int) -> tuple[dict[str, int], dict[str, 
 
 def attention(model: str, m: Model, seqs: int, new: int, context: int) -> Problem:
     sizes, values = batch(seqs, new, context)
-    cache = Tensor(BF16, (N, m.kv_heads, 16, m.head_dim))
+    cache = Tensor(BF16, (N, m.kv_heads, PAGE, m.head_dim))
     q = Tensor(BF16, (T, m.heads, m.head_dim))
     args = {"q": q, "k_cache": cache, "v_cache": cache, "cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P)),
             "sinks": None, "alibi_slopes": None, "scale": m.head_dim**-0.5, "window": 0, "chunk": 0, "softcap": 0.0}  # fmt: skip
@@ -154,7 +155,7 @@ def problems() -> list[Problem]:
             ]  # fmt: skip
             sizes, values = batch(rows, 1, 16)
             table, head = Tensor(F32, (T, m.head_dim)), Tensor(BF16, (m.head_dim,)) if m.qk_norm else None
-            cache = Tensor(BF16, (N, m.kv_heads, 16, m.head_dim))
+            cache = Tensor(BF16, (N, m.kv_heads, PAGE, m.head_dim))
             args = {"qkv": Tensor(BF16, (T, q + 2 * kv)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, "k_cache": cache, "v_cache": cache,
                     "slot_mapping": Tensor(I32, (T,)), "num_heads": m.heads, "num_kv_heads": m.kv_heads,
                     "style": "neox", "eps": 1e-6, "offset": 0.0}  # fmt: skip
@@ -211,9 +212,9 @@ def measure(problem: Problem, kernels: dict[Any, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(path: Path) -> None:
+def main(path: Path, wanted: str = "") -> None:
     families.load()
-    todo = problems()
+    todo = [p for p in problems() if wanted in f"{p.model} {p.name}"]
     sources = list({launch.source: None for p in todo for c in p.candidates() for launch in c.launches})
     kernels = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -234,4 +235,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:3])

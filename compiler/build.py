@@ -36,7 +36,7 @@ from .pipeline import count, lower
 from .plan import dtype_name, plan
 from .quantization import choose_online, num_elements, quantize_weights
 from .select import Selection, select
-from .variants import PAGE_SIZE, VariantSpec, variants
+from .variants import VariantSpec, page_size, variants
 from .weights import bind, described, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -167,7 +167,7 @@ class _Job:
         dump = settings().dump
         done("prepare")
         progress("trace", 0.0)
-        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=DTYPES[self.options.kv_cache_dtype], page_size=PAGE_SIZE)
+        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
         if self.options.quantize != "none":
             traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
         traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here

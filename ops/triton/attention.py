@@ -233,7 +233,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
     found = []
     for rank, t in enumerate(_tiles(steps.max_num_new * group if decode else None, target, group, block_e, block_f, q.dtype.itemsize)):
         block_q = t.m // group
-        tiles = (_plus(seqs, 1), 1) if decode else (_plus(tokens, seqs, block_q), block_q)
+        tiles = (plus(seqs, 1), 1) if decode else (plus(tokens, seqs, block_q), block_q)
         blocks = constants | {"BLOCK_M": t.m, "BLOCK_N": t.n} | ({} if splits > 1 else {"lse": None})
         first = launch(call, [attention_kernel, attend, tanh], inputs | per_head | outputs | sizes, blocks, (tiles, (kv_heads, 1), (splits, 1)),
                        scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
@@ -246,7 +246,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
     return found
 
 
-def _plus(a: Any, b: Any, factor: int = 1) -> Any:
+def plus(a: Any, b: Any, factor: int = 1) -> Any:
     """a + factor · b of two sizes."""
     forms = [x if isinstance(x, dict) else {"": x} for x in (a, product(b, factor))]
     return {n: forms[0].get(n, 0) + forms[1].get(n, 0) for n in (*forms[0], *(m for m in forms[1] if m not in forms[0]))}

@@ -181,8 +181,8 @@ SOME_ROWS = (Tile(64, 32, 128, 4, 5), Tile(64, 64, 128, 4, 5), Tile(64, 32, 256,
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
 WIDE = 256 * PROGRAMS
-PREFETCH_BYTES = 64 << 10
-"""Of the weight, that a program asks for ahead: as much on every multiprocessor fits several times in L2."""
+PREFETCH_BYTES = 16 << 10
+"""Of the weight, that a program asks for ahead: more, on all programs that are there at once, and it would leave L2 before it is read."""
 
 
 def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> list[Tile]:

@@ -19,7 +19,7 @@ def calls(h, k, e, f, hidden, dtype):
     """A call of every op in a model with h query heads, k kv heads, head dims e and f."""
     x, weight = Tensor(dtype, (T, hidden)), Tensor(dtype, (hidden,))
     table, slots = Tensor(F32, (T, e)), Tensor(I32, (T,))
-    cache = {"k_cache": Tensor(dtype, (N, k, 16, e)), "v_cache": Tensor(dtype, (N, k, 16, f))}
+    cache = {"k_cache": Tensor(dtype, (N, k, 64, e)), "v_cache": Tensor(dtype, (N, k, 64, f))}
     batch = {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P))}
     q, head = Tensor(dtype, (T, h, e)), Tensor(dtype, (e,))
     square = Tensor(dtype, (hidden, hidden))

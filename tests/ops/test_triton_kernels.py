@@ -267,6 +267,8 @@ def attention_cases():
         "ragged_features": case(ragged, h=6, k=2, e=40, f=72, softcap=3.0, sinks=True, alibi=True),
         "ragged_window": case(Batch((0, 70), (45, 30), page_size=8), window=21, sinks=True),
         "ragged_chunk": case(ragged, h=5, k=1, chunk=24),
+        "causal": case(Batch((0, 70, 0, 33, 0, 200), (19, 1, 0, 140, 3, 77), 5, page_size=64), sinks=True),
+        "causal_groups": case(Batch((64, 0), (130, 70), page_size=64), h=6, k=2, e=64, f=32),
         "group_of_71": case(Batch((3,), (4,)), h=71, k=1, e=16, f=16),
     }
 
