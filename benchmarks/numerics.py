@@ -22,7 +22,7 @@ from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.settings import settings
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.models.source import BUNDLED
-from ingot.runtime.batch import StepBatch, StepLayout
+from ingot.runtime.batch import TOKENS, StepLayout, StepSize
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
 
@@ -50,26 +50,27 @@ def run(executor: Executor, layout: StepLayout, prompts: list[list[int]], chunks
     """Logits at every token when step i computes chunks[i][s] tokens of prompt s; and whether all steps were CUDA graphs."""
     done = [0] * len(prompts)
     rows: list[list[torch.Tensor]] = [[] for _ in prompts]
-    columns = layout.page_groups[0][1]
     captured = True
     for sizes in chunks:
         active = [s for s, n in enumerate(sizes) if n]
         tokens = sum(sizes)
-        batch = StepBatch(layout, tokens, len(active), tokens)
+        size = StepSize(tokens, len(active), tokens, 1024)
+        batch = executor.batch(size)
         arrays, at = batch.arrays, 0
-        arrays["logits_rows"][:] = range(tokens)
+        arrays["logits_rows"][:tokens] = range(tokens)
+        arrays["token_sources"][:tokens] = range(layout.num_samples + TOKENS, layout.num_samples + TOKENS + tokens)
         for i, s in enumerate(active):
             n, begin = sizes[s], done[s]
             positions = list(range(begin, begin + n))
-            arrays["input_ids"][at : at + n] = prompts[s][begin : begin + n]
+            arrays["token_ids"][at : at + n] = prompts[s][begin : begin + n]
             arrays["positions"][at : at + n] = positions
             arrays["cu_seqlens_q"][i + 1] = at + n
             arrays["seq_lens"][i] = begin + n
-            for group, _ in layout.page_groups:
-                arrays[f"page_table_{group}"][i] = [s * 64 + c if c < 64 else 0 for c in range(columns)]
+            for group, _, _ in layout.page_groups:
+                arrays[f"page_table_{group}"][i] = range(s * 64, s * 64 + 64)
                 arrays[f"slot_mapping_{group}"][at : at + n] = [s * 1024 + p for p in positions]
             at += n
-        captured &= executor.captured(batch)
+        captured &= executor.captured(size)
         logits, at = executor.logits(batch).float().cpu(), 0
         for s in active:
             rows[s].append(logits[at : at + sizes[s]])

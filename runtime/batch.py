@@ -1,118 +1,138 @@
 """StepBatch: what one step computes, as arrays in a single flat int32 buffer.
 
 One buffer means one copy to a device and one message to a worker. In it every array starts at a multiple of 64
-bytes, which is what kernels may rely on. Names are those of the graph's step inputs (ARCHITECTURE.md, Contracts).
+bytes, which is what kernels may rely on. Names are those of the graph's step inputs (ARCHITECTURE.md, Contracts), except that
+input ids may still be on the device (`token_sources`), and that page tables have only the columns that the step's sequences use.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kv_cache import KVCache
-from .request import SamplingParams
-from .scheduler import Scheduled
+from .kv_cache import GroupInfo, KVCache
+from .records import GREEDY, SAMPLING
+from .request import Sequence
+from .scheduler import Step
 
 _ALIGN = 16  # int32s: 64 bytes
-_HEADER = 3  # T, S, R
-
-SAMPLING = np.dtype([("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"), ("seed", "i4", 2), ("num_logprobs", "i4"),
-                     ("target", "i4"), ("step", "i4")])  # fmt: skip
-"""What is known of each row of logits. temperature 0: greedy; top_k 0: off; `seed` low and high half of 64 bits; num_logprobs −1:
-none, 0: of the chosen token; target: the token whose log-probability a prompt row wants, or −1; step: tokens generated before."""
-_GREEDY = np.array([(0, 0, 1, 0, (0, 0), -1, -1, 0)], SAMPLING)
-_RECORD = struct.Struct("<fiffQiii")
-
-
-def sampling_record(params: SamplingParams, seed: int) -> bytes:
-    """One `SAMPLING` record, its step still 0; `seed` 0 … 2⁶⁴ − 1."""
-    temperature = 0.0 if params.greedy else params.temperature
-    num_logprobs = -1 if params.logprobs is None else params.logprobs
-    return _RECORD.pack(temperature, max(params.top_k, 0), params.top_p, params.min_p, seed, num_logprobs, -1, 0)
+TOKENS = _ALIGN
+"""Where `token_ids` lie in the buffer, behind its header, of which the last element is 0."""
+_HEADER = 7  # the size, and T, S and R of the padded size
+_LONGEST = 256
+"""Tokens by which page tables grow, so that the sizes of steps are few."""
 
 
 class Field(NamedTuple):
-    """Where an array lies in the buffer."""
+    """An array of the buffer: where it lies, which of T, S and R it is long, and what padding holds (None: garbage)."""
 
     offset: int  # in int32s
     shape: tuple[int, ...]
     dtype: str  # "int32" or "float32"
+    axis: int  # of StepSize
+    padding: int | None
+
+
+class StepSize(NamedTuple):
+    """How large a step is: T, S, R, and the tokens of its longest sequence, rounded up."""
+
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+    longest: int
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Which arrays a step has: page groups with the columns P of their page tables, and whether there are state slots."""
+    """Which arrays a step has: page groups with their page size and the columns P of their page tables; whether there are state
+    slots; and how many samples of the step before are kept."""
 
-    page_groups: tuple[tuple[str, int], ...]
+    page_groups: tuple[tuple[str, int, int], ...]
     slots: bool
+    num_samples: int
 
     @classmethod
-    def of(cls, cache: KVCache) -> StepLayout:
-        return cls(tuple((name, table.shape[1]) for name, table in cache.page_tables.items()), bool(cache.slot_groups))
+    def of(cls, groups: Mapping[str, GroupInfo], max_num_seqs: int, max_model_len: int) -> StepLayout:
+        pages = tuple((name, g.page_size, -(-max_model_len // g.page_size)) for name, g in groups.items() if g.kind == "page")
+        return cls(pages, any(g.kind == "slot" for g in groups.values()), -(-max_num_seqs // _ALIGN) * _ALIGN)
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a layout lives as long as the process)
-    def fields(self, num_tokens: int, num_seqs: int, num_rows: int) -> Mapping[str, Field]:
+    def fields(self, size: StepSize) -> Mapping[str, Field]:
         """Every array of a step of this size. Page tables come last: they are the large part."""
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            "input_ids": ((num_tokens,), "int32"),
-            "positions": ((num_tokens,), "int32"),
-            "cu_seqlens_q": ((num_seqs + 1,), "int32"),
-            "seq_lens": ((num_seqs,), "int32"),
-            "logits_rows": ((num_rows,), "int32"),
+        T, S, R, longest = size
+        shapes: dict[str, tuple[tuple[int, ...], int, int | None]] = {
+            "token_ids": ((T,), 0, 0),
+            "token_sources": ((T,), 0, self.num_samples + TOKENS - 1),  # the 0 of the header
+            "positions": ((T,), 0, 0),
+            "cu_seqlens_q": ((S + 1,), 1, None),
+            "seq_lens": ((S,), 1, 0),
+            "logits_rows": ((R,), 2, 0),
         }
         if self.slots:
-            shapes["state_slots"] = ((num_seqs,), "int32")
+            shapes["state_slots"] = ((S,), 1, -1)
         for name in SAMPLING.names or ():
-            kind = SAMPLING[name]
-            shapes[name] = ((num_rows, *kind.shape), "float32" if kind.base == np.float32 else "int32")
-        shapes |= {f"slot_mapping_{group}": ((num_tokens,), "int32") for group, _ in self.page_groups}
-        shapes |= {f"page_table_{group}": ((num_seqs, columns), "int32") for group, columns in self.page_groups}
-        fields, offset = {}, _ALIGN
-        for name, (shape, dtype) in shapes.items():
-            fields[name] = Field(offset, shape, dtype)
+            shapes[name] = ((R, *SAMPLING[name].shape), 2, {"top_p": 1, "num_logprobs": -1, "target": -1}.get(name, 0))
+        shapes |= {f"slot_mapping_{group}": ((T,), 0, -1) for group, _, _ in self.page_groups}
+        shapes |= {f"page_table_{group}": ((S, min(columns, -(-longest // page_size))), 1, None) for group, page_size, columns in self.page_groups}
+        fields, offset = {}, TOKENS
+        for name, (shape, axis, padding) in shapes.items():
+            dtype = "float32" if name in (SAMPLING.names or ()) and SAMPLING[name].base == np.float32 else "int32"
+            fields[name] = Field(offset, shape, dtype, axis, padding)
             offset += -(-math.prod(shape) // _ALIGN) * _ALIGN
         return fields
 
-    def size(self, num_tokens: int, num_seqs: int, num_rows: int) -> int:
+    def length(self, size: StepSize) -> int:
         """Of the buffer, in int32s."""
-        last = list(self.fields(num_tokens, num_seqs, num_rows).values())[-1]
+        last = list(self.fields(size).values())[-1]
         return last.offset + -(-math.prod(last.shape) // _ALIGN) * _ALIGN
 
 
 class StepBatch:
-    """One step: `buffer` int32, and `arrays`, views of it by name.
+    """One step of `size`, to be computed as one of size `padded`: `buffer` int32, and `arrays`, views of it by name.
 
-    For every page group g, `page_table_<g>` [S, P] (columns past a sequence's pages hold garbage or 0) and `slot_mapping_<g>`
-    [T]; `state_slots` [S] if the model has slots; and for each of R rows the fields of `SAMPLING`.
+    For every page group g, `page_table_<g>` [S, columns] (past a sequence's pages: garbage) and `slot_mapping_<g>` [T];
+    `state_slots` [S] if the model has slots; and for each of R rows the fields of `SAMPLING`. Input ids are the elements
+    `token_sources` [T] of the last step's samples [num_samples] with this buffer behind them; `token_ids` [T] are those that are known.
+
+    What padding adds has no effect: sequences with seq_len 0, slot −1 and one token of id 0 while there are tokens left to
+    give, and rows that are greedy over row 0. It is there from the start; the rest is garbage until it is packed.
     """
 
-    def __init__(self, layout: StepLayout, num_tokens: int, num_seqs: int, num_rows: int, buffer: np.ndarray | None = None) -> None:
-        self.layout = layout
-        self.num_tokens, self.num_seqs, self.num_rows = num_tokens, num_seqs, num_rows
-        if buffer is None:
-            buffer = np.zeros(layout.size(num_tokens, num_seqs, num_rows), np.int32)
-            buffer[:_HEADER] = num_tokens, num_seqs, num_rows
-        self.buffer = buffer
+    def __init__(self, layout: StepLayout, size: StepSize, padded: StepSize | None = None, buffer: np.ndarray | None = None) -> None:
+        """`buffer`: memory to use, at least as long as the layout says. ValueError if `padded` is smaller than `size`."""
+        self.layout, self.padded = layout, padded or size
+        self.fields = layout.fields(self.padded)
+        length = layout.length(self.padded)
+        self.buffer = np.empty(length, np.int32) if buffer is None else buffer[:length]
+        self.arrays = {name: self.buffer[f.offset : f.offset + math.prod(f.shape)].view(f.dtype).reshape(f.shape) for name, f in self.fields.items()}
+        self.reset(size)
 
-    @cached_property
-    def fields(self) -> Mapping[str, Field]:
-        return self.layout.fields(self.num_tokens, self.num_seqs, self.num_rows)
+    def reset(self, size: StepSize) -> None:
+        """Make this the batch of another step that is padded alike."""
+        if any(n > m for n, m in zip(size, self.padded, strict=True)):
+            raise ValueError(f"a step of {size} does not fit in {self.padded}")
+        self.size = size
+        self.buffer[:TOKENS] = 0
+        self.buffer[:_HEADER] = *size, *self.padded[:3]
+        starts = self.arrays["cu_seqlens_q"]
+        starts[0] = 0
+        if size == self.padded:
+            return
+        (T, S, _, _), num_tokens = size, self.padded.num_tokens
+        starts[S:] = np.minimum(np.arange(T, T + len(starts) - S), num_tokens)
+        for name, field in self.fields.items():
+            if field.padding is not None:
+                self.arrays[name][size[field.axis] :] = field.padding
 
-    @cached_property
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {name: self.buffer[f.offset : f.offset + math.prod(f.shape)].view(f.dtype).reshape(f.shape) for name, f in self.fields.items()}
-
-    @property
-    def max_num_new(self) -> int:
-        """The most new tokens that a sequence has."""
-        return int(np.diff(self.arrays["cu_seqlens_q"]).max(initial=0))
+    def input_ids(self, samples: np.ndarray) -> np.ndarray:
+        """[T], by `samples` [num_samples] of the step before."""
+        return np.concatenate([samples, self.buffer])[self.arrays["token_sources"]]
 
     def to_bytes(self) -> bytes:
         return self.buffer.tobytes()
@@ -121,82 +141,78 @@ class StepBatch:
     def from_bytes(cls, layout: StepLayout, data: bytes) -> StepBatch:
         """The batch that `to_bytes` wrote in a process with the same layout."""
         buffer = np.frombuffer(bytearray(data), np.int32)  # of our own, to be written to and wrapped in a tensor
-        num_tokens, num_seqs, num_rows = buffer[:_HEADER].tolist()
-        return cls(layout, num_tokens, num_seqs, num_rows, buffer)
-
-    def pad_to(self, num_tokens: int, num_seqs: int, num_rows: int) -> StepBatch:
-        """The same step with more tokens, sequences and rows, none of which has an effect.
-
-        An added sequence has seq_len 0, slot −1 and one token of id 0 while there are tokens left to give; an added row is
-        greedy over row 0. ValueError if one of the sizes is smaller than it is.
-        """
-        T, S, R = self.num_tokens, self.num_seqs, self.num_rows
-        if num_tokens < T or num_seqs < S or num_rows < R:
-            raise ValueError(f"a step of {T} tokens, {S} sequences and {R} rows does not fit in {num_tokens}, {num_seqs} and {num_rows}")
-        new = StepBatch(self.layout, num_tokens, num_seqs, num_rows)
-        for name, array in new.arrays.items():
-            old = self.arrays[name]
-            array[: len(old)] = old
-            if name == "state_slots" or name.startswith("slot_mapping_"):
-                array[len(old) :] = -1
-            elif name in (SAMPLING.names or ()):
-                array[len(old) :] = _GREEDY[name]
-        new.arrays["cu_seqlens_q"][S:] = np.minimum(T + np.arange(num_seqs - S + 1), num_tokens)
-        return new
+        T, S, R, longest, *padded = map(int, buffer[:_HEADER])
+        return cls(layout, StepSize(T, S, R, longest), StepSize(padded[0], padded[1], padded[2], longest), buffer)
 
 
-def pack(scheduled: list[Scheduled], cache: KVCache, layout: StepLayout) -> StepBatch:
-    """The step that computes `scheduled`. Rows of logits: one for each sequence that samples, then everybody's `prompt_rows`."""
-    num_new = np.array([n for _, n in scheduled], np.int32)
-    computed = np.array([s.num_computed for s, _ in scheduled], np.int32)
-    lengths = np.array([len(s.token_ids) for s, _ in scheduled], np.int32)
-    rows = np.array([s.row for s, _ in scheduled], np.int32)
-    ends = np.cumsum(num_new, dtype=np.int32)
-    samples = computed + num_new == lengths
-    records = np.frombuffer(b"".join([s.sampling for s, _ in scheduled]), SAMPLING)[samples]  # a copy
-    records["step"] = (lengths - np.array([s.num_prompt for s, _ in scheduled], np.int32))[samples]
-    prompt_tokens, prompt_records = _prompt_rows(scheduled, (ends - num_new - computed).tolist())
-    records = np.concatenate([records, prompt_records])
-    T, S = int(ends[-1]), len(scheduled)
-    batch = StepBatch(layout, T, S, len(records))
-    arrays = batch.arrays
-    arrays["input_ids"][:] = list(chain.from_iterable([s.token_ids[s.num_computed : s.num_computed + n] for s, n in scheduled]))
-    arrays["cu_seqlens_q"][1:] = ends
-    arrays["seq_lens"][:] = computed + num_new
-    arrays["logits_rows"][:] = np.concatenate([ends[samples] - 1, prompt_tokens])
-    if layout.slots:
-        arrays["state_slots"][:] = rows
+def size_of(step: Step) -> StepSize:
+    longest = int((step.num_computed + step.num_new).max())
+    return StepSize(int(step.num_new.sum()), len(step.sequences), step.num_rows, -(-longest // _LONGEST) * _LONGEST)
+
+
+def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
+    """Write `step` into `batch`. Rows of logits: one for each sequence that samples, then everybody's `prompt_rows`."""
+    arrays, (T, S, *_) = batch.arrays, batch.size
+    rows, lengths = step.rows, step.num_computed + step.num_new
+    ends = np.cumsum(step.num_new, dtype=np.int32)
+    if T == S:
+        row_of, positions = rows, step.num_computed  # of each token
+    else:
+        owner = np.repeat(np.arange(S), step.num_new)
+        row_of, positions = rows[owner], np.arange(T, dtype=np.int32) + (lengths - ends)[owner]
+    arrays["positions"][:T] = positions
+    arrays["cu_seqlens_q"][1 : S + 1] = ends
+    arrays["seq_lens"][:S] = lengths
+    if batch.layout.slots:
+        arrays["state_slots"][:S] = rows
+    for group, size, _ in batch.layout.page_groups:
+        table, place = cache.page_tables[group], arrays[f"page_table_{group}"]
+        arrays[f"slot_mapping_{group}"][:T] = table[row_of, positions // size] * size + positions % size
+        place[:S] = table[rows, : place.shape[1]]
+    _pack_tokens(step, batch, ends)
+    _pack_rows(step, cache, batch, ends)
+
+
+def _pack_tokens(step: Step, batch: StepBatch, ends: np.ndarray) -> None:
+    """Tokens that the host knows, and for the others the row of the last step's samples."""
+    T, sources = batch.size.num_tokens, batch.arrays["token_sources"]
+    first = batch.layout.num_samples + TOKENS
+    sources[:T] = np.arange(first, first + T)
+    pending = step.pending >= 0
+    sources[ends[pending] - 1] = step.pending[pending]
+    known = np.flatnonzero(~pending).tolist()
+    if known:
+        spans = [(step.sequences[i].token_ids, c, n) for i, c, n in zip(known, step.num_computed[known].tolist(), step.num_new[known].tolist(), strict=True)]
+        place = slice(T) if len(known) == len(pending) else np.flatnonzero(np.repeat(~pending, step.num_new))
+        batch.arrays["token_ids"][place] = list(chain.from_iterable([ids[c : c + n] for ids, c, n in spans]))
+
+
+def _pack_rows(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray) -> None:
+    """Which tokens need logits, and what is done with them."""
+    R, sampled = batch.size.num_rows, step.rows[step.samples]
+    tokens = ends[step.samples] - 1
+    records = cache.rows.sampling[sampled]  # a copy
+    records["step"] = (cache.rows.num_tokens - cache.rows.num_prompt)[sampled]
+    if step.prompt_rows:
+        shifts = dict(zip(step.sequences, (ends - step.num_new - step.num_computed).tolist(), strict=True))
+        prompt = [(_prompt_records(seq, positions), np.arange(positions.start, positions.stop) + shifts[seq]) for seq, positions in step.prompt_rows]
+        records = np.concatenate([records, *(r for r, _ in prompt)])
+        tokens = np.concatenate([tokens, *(t for _, t in prompt)])
+    batch.arrays["logits_rows"][:R] = tokens
     for name in SAMPLING.names or ():
-        arrays[name][:] = records[name]
-    owner = np.repeat(np.arange(S), num_new)
-    positions = arrays["positions"]
-    positions[:] = np.arange(T, dtype=np.int32) + (computed + num_new - ends)[owner]
-    longest = int(arrays["seq_lens"].max())
-    for group, _ in layout.page_groups:
-        size, table = cache.groups[group].page_size, cache.page_tables[group]
-        arrays[f"slot_mapping_{group}"][:] = table[rows[owner], positions // size] * size + positions % size
-        used = -(-longest // size)
-        arrays[f"page_table_{group}"][:, :used] = table[rows, :used]
-    return batch
+        batch.arrays[name][:R] = records[name]
 
 
-def _prompt_rows(scheduled: list[Scheduled], shifts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For everybody's `prompt_rows`: the step's token (position + shift) and the `SAMPLING` record."""
-    tokens: list[int] = []
-    records = [np.empty(0, SAMPLING)]
-    for (seq, num_new), shift in zip(scheduled, shifts, strict=True):
-        if seq.wants_prompt_logprobs:
-            positions = seq.prompt_rows(num_new)
-            record = np.repeat(_GREEDY, len(positions))
-            record["num_logprobs"] = seq.request.params.prompt_logprobs
-            record["target"] = seq.token_ids[positions.start + 1 : positions.stop + 1]
-            records.append(record)
-            tokens += [p + shift for p in positions]
-    return np.array(tokens, np.int32), np.concatenate(records)
+def _prompt_records(seq: Sequence, positions: range) -> np.ndarray:
+    """For each of `positions`: greedy, with the next prompt token as the target."""
+    records = np.repeat(GREEDY, len(positions))
+    records["num_logprobs"] = seq.request.params.prompt_logprobs
+    records["target"] = seq.token_ids[positions.start + 1 : positions.stop + 1]
+    return records
 
 
 class Sampled(NamedTuple):
-    """What a step yields for each of R rows: tensors as the sampler leaves them, numpy arrays as `Executor.step` returns them.
+    """What a step yields for each of R rows: tensors as the sampler leaves them, numpy arrays as an executor's result.
 
     token_ids [R] int32 (of a prompt row its target; −1 where the logits are not finite); logprobs [R] float32, None if no row
     asked; top_ids and top_logprobs [R, N], best first, N the most that a row asked for, None if that is 0.

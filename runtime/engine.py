@@ -1,23 +1,25 @@
-"""The engine: requests in, deltas out, one step at a time."""
+"""The engine: requests in, deltas out. While one step runs, the next one is scheduled and launched."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections import deque
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from ingot.artifacts.manifest import ModelInfo
 from ingot.ops.errors import IngotError
 
-from .batch import Sampled, StepBatch, StepLayout, pack, sampling_record
+from .batch import Sampled, pack, size_of
 from .detokenizer import Detokenizer
-from .kv_cache import GroupInfo, KVCache
+from .kv_cache import KVCache
+from .protocol import Executor, InFlight
+from .records import sampling_record
 from .request import Delta, FinishReason, Request, RequestError, Sequence, Status, TokenLogprob
-from .scheduler import Scheduled, Scheduler
+from .scheduler import Scheduler, Step
 from .tokenizer import Tokenizer
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # between the continuations of a request
@@ -33,29 +35,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_num_batched_tokens: int | None = None  # tokens of a step
     num_threads: int | None = None  # of the CPU
-
-
-@dataclass(frozen=True)
-class ExecutorInfo:
-    """What an executor can take. `groups` by name, in the order of the manifest."""
-
-    groups: Mapping[str, GroupInfo]
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    vocab_size: int
-    max_num_rows: int = 0  # rows of logits of a step; 0: as many as tokens
-
-
-class Executor(Protocol):
-    """Runs steps: here, on another device, or in a group of workers to whom the batch's buffer is sent."""
-
-    @property
-    def info(self) -> ExecutorInfo: ...
-
-    def step(self, batch: StepBatch) -> Sampled:
-        """One step; numpy arrays, for the batch's R rows."""
-        ...
+    overlap: bool = True  # schedule a step while the one before runs, where the device allows it
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -72,14 +52,6 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_caching_off: str  # why; "" when it is on
 
 
-@dataclass(frozen=True)
-class _Launched:
-    """A step on its way: what was asked of the executor, and its answer."""
-
-    scheduled: list[Scheduled]
-    sampled: Sampled
-
-
 class Engine:
     """Schedules requests over an executor. Not thread-safe: one thread adds, aborts and steps.
 
@@ -87,7 +59,7 @@ class Engine:
     """
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer | None, model_info: ModelInfo, *, enable_prefix_caching: bool = True,
-                 max_num_batched_tokens: int | None = None) -> None:  # fmt: skip
+                 max_num_batched_tokens: int | None = None, overlap: bool = True) -> None:  # fmt: skip
         info = executor.info
         budget = info.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
         if not 1 <= budget <= info.max_num_batched_tokens:
@@ -96,7 +68,8 @@ class Engine:
         self.cache = KVCache(info.groups, info.max_num_seqs, info.max_model_len, enable_prefix_caching, max_num_new=budget)
         self.max_model_len = min(info.max_model_len, self.cache.capacity)
         self.scheduler = Scheduler(self.cache, max_num_seqs=self.cache.num_rows, max_num_batched_tokens=budget, max_num_rows=info.max_num_rows)
-        self._layout = StepLayout.of(self.cache)
+        self._depth = 2 if info.asynchronous and overlap else 1  # steps in flight when one is collected
+        self._in_flight: deque[tuple[Step, InFlight]] = deque()
         self._eos = frozenset(model_info.eos_token_ids)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._siblings: dict[Sequence, list[Sequence]] = {}  # who waits for the prompt that this one computes
@@ -111,7 +84,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to say."""
-        return bool(self._requests or self._ended)
+        return bool(self._requests or self._ended or self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queue a request. RequestError when it cannot be served; nothing else is affected then."""
@@ -170,42 +143,60 @@ class Engine:
             self._ended.append(self._end(seq, "abort"))
 
     def step(self) -> list[Delta]:
-        """Compute one step; what it added to each sequence, at most one delta a sequence."""
-        launched = self._launch()
+        """Keep the device busy, and wait for the oldest step; what it added to each sequence, at most one delta a sequence."""
+        while len(self._in_flight) < self._depth and self._launch():
+            pass
         ended, self._ended = self._ended, []
-        return ended if launched is None else ended + self._collect(launched)
+        return ended + self._collect() if self._in_flight else ended
 
-    # Launching and collecting are apart so that a step can be launched while the one before is still running.
-
-    def _launch(self) -> _Launched | None:
-        scheduled = self.scheduler.schedule()
-        if not scheduled:
-            return None
+    def _launch(self) -> bool:
+        """Schedule a step and send it off; False when there is none to send."""
+        step = self.scheduler.schedule()
+        if step is None:
+            return False
         try:
-            return _Launched(scheduled, self.executor.step(pack(scheduled, self.cache, self._layout)))
+            batch = self.executor.batch(size_of(step))
+            pack(step, self.cache, batch)
+            self._in_flight.append((step, self.executor.launch(batch)))
         except IngotError as e:  # nothing of this step can be trusted; whoever waits can still be served
-            self._ended += [self._end(seq, "error", str(e)) for seq, _ in scheduled]
-            return None
+            self._ended += self._fail(step, e)
+            return False
+        self.scheduler.launched(step)
+        return True
 
-    def _collect(self, launched: _Launched) -> list[Delta]:
-        sampling = [seq for seq, n in launched.scheduled if seq.samples(n)]
-        scoring = [(seq, len(seq.prompt_rows(n))) for seq, n in launched.scheduled if seq.wants_prompt_logprobs]
-        self.scheduler.update(launched.scheduled)
-        tokens, logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in launched.sampled)
+    def _collect(self) -> list[Delta]:
+        """Wait for the oldest step in flight. Sequences that ended since it was launched have no use for what it says."""
+        step, flight = self._in_flight.popleft()
+        try:
+            sampled = flight.result()
+        except IngotError as e:  # nor can later steps be trusted, which may have read what this one wrote, or anything found in the cache
+            failed = [delta for each in (step, *(s for s, _ in self._in_flight)) for delta in self._fail(each, e)]
+            self.cache.forget_prefixes()
+            self.scheduler.collected()
+            return failed
+        self.scheduler.collected()
+        return self._deltas(step, sampled)
+
+    def _fail(self, step: Step, error: IngotError) -> list[Delta]:
+        return [self._end(seq, "error", str(error)) for seq in step.sequences if seq.status is not Status.FINISHED]
+
+    def _deltas(self, step: Step, sampled: Sampled) -> list[Delta]:
+        tokens, logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in sampled)
 
         def logprob(row: int, wanted: int) -> TokenLogprob:
             top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)) if wanted else ()
             return TokenLogprob(tokens[row], logprobs[row], top)
 
+        sampling = [step.sequences[i] for i in np.flatnonzero(step.samples).tolist()]
         row = len(sampling)
-        for seq, num_rows in scoring:
-            for _ in range(num_rows):
+        for seq, positions in step.prompt_rows:
+            for _ in positions:
                 seq.add_prompt_logprob(logprob(row, seq.request.params.prompt_logprobs or 0))
                 row += 1
         deltas = []
         for row, seq in enumerate(sampling):
-            wanted = seq.request.params.logprobs
             if seq.status is not Status.FINISHED:
+                wanted = seq.request.params.logprobs
                 deltas.append(self._append(seq, tokens[row], None if wanted is None else [logprob(row, wanted)]))
         return deltas
 

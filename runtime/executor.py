@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -13,16 +13,32 @@ from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.plan import Variant
 
-from .batch import Sampled, StepBatch, StepLayout
+from .batch import Sampled, StepBatch, StepLayout, StepSize
 from .bind import BoundPlan, bind
 from .cuda_graph import CapturedPlan, capture
-from .engine import ExecutorInfo, GroupInfo
+from .kv_cache import GroupInfo
 from .memory import MemoryPlan
+from .protocol import ExecutorInfo
 from .sampler import SamplingRows, sample
+from .staging import Staging
 
 Progress = Callable[[str, float], None]
 BOUND_PLANS = 64
 """Step sizes whose plans stay bound; a decode step of a size seen before costs no binding."""
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that was launched: what it samples, on the host once `done`."""
+
+    sampled: Sampled
+    done: torch.cuda.Event | None  # None: it is done
+
+    def result(self) -> Sampled:
+        """Wait for this step alone; numpy arrays [R]."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.sampled.to_host()
 
 
 class Executor:
@@ -40,6 +56,7 @@ class Executor:
             max_model_len=memory.max_model_len,
             vocab_size=manifest.model.vocab_size,
             max_num_rows=max(v.max_rows for v in plans.values()),
+            asynchronous=self.device.type == "cuda",
         )
         # modules first: on a nearly full card their first load takes minutes
         used = {e.kernel for v in plans.values() for e in v.entries if e.backend != "torch"}
@@ -49,61 +66,66 @@ class Executor:
         for state in manifest.states:
             # zeros, so that no NaN of old memory meets a zero probability
             self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
-        self.layout = StepLayout(
-            tuple((n, -(-memory.max_model_len // g.page_size)) for n, g in groups.items() if g.kind == "page"), any(g.kind == "slot" for g in groups.values())
-        )
-        largest = self.layout.size(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs))
-        self._step_buffer = torch.zeros(largest, dtype=torch.int32, device=self.device)
+        self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
+        largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
+        self._staging = Staging(self.layout, largest, self.device)
         self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
-        self._bound: OrderedDict[tuple[str, int, int, int], BoundPlan] = OrderedDict()
+        self._bound: OrderedDict[tuple[str, StepSize], BoundPlan] = OrderedDict()
         self._captured: dict[str, CapturedPlan] = {}
         self._capture(progress)
 
-    def step(self, batch: StepBatch) -> Sampled:
-        """Compute the batch's new tokens and sample at its logits rows."""
-        logits, staged = self._forward(batch)
-        return sample(logits, SamplingRows.from_batch(staged, self._step_buffer)).first(batch.num_rows).to_host()
+    def batch(self, size: StepSize) -> StepBatch:
+        """A batch for the next step, of the size that its variant runs at."""
+        variant = self._variant(size)
+        n = variant.max_seqs
+        return self._staging.batch(size, size._replace(num_tokens=n, num_seqs=n, num_rows=n) if variant.capture else size)
+
+    def launch(self, batch: StepBatch) -> LaunchedStep:
+        """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
+        sampled = sample(self._forward(batch), SamplingRows.from_batch(batch, self._staging.buffer))
+        self._staging.keep(sampled.token_ids)
+        sampled = sampled.first(batch.size.num_rows)
+        if not self.info.asynchronous:
+            return LaunchedStep(sampled, None)
+        done = torch.cuda.Event()
+        sampled = Sampled(*(None if t is None else t.to("cpu", non_blocking=True) for t in sampled))  # to page-locked memory
+        done.record()
+        return LaunchedStep(sampled, done)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """The same step without sampling: logits [R, V] on the device, valid until the next step."""
-        return self._forward(batch)[0][: batch.num_rows]
+        return self._forward(batch)[: batch.size.num_rows]
 
-    def captured(self, batch: StepBatch) -> bool:
-        """Whether the step is replayed as a CUDA graph."""
-        return self._variant(batch).capture
+    def captured(self, size: StepSize) -> bool:
+        """Whether a step of this size is replayed as a CUDA graph."""
+        return self._variant(size).capture
 
-    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, StepBatch]:
-        """Logits and the batch that made them, which may be padded."""
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        """Logits at every row, those of padding too."""
         assert batch.layout == self.layout, "the cache and the executor disagree about page tables"
-        variant = self._variant(batch)
-        if variant.capture:
-            batch = batch.pad_to(variant.max_seqs, variant.max_seqs, variant.max_seqs)
-            plan: BoundPlan | CapturedPlan = self._captured[variant.name]
-        else:
-            plan = self._bind(variant, batch.num_tokens, batch.num_seqs, batch.num_rows)
-        # one copy a step: kernels and sampler read their arrays where they lie in the buffer
-        self._step_buffer[: batch.buffer.size].copy_(torch.from_numpy(batch.buffer), non_blocking=True)
+        variant = self._variant(batch.padded)
+        plan = self._captured[variant.name] if variant.capture else self._bind(variant, batch.padded)
+        self._staging.upload(batch)
         plan.run()
-        return plan.results[0], batch
+        return plan.results[0]
 
-    def _variant(self, batch: StepBatch) -> Variant:
-        decode = batch.num_tokens == batch.num_seqs == batch.num_rows
+    def _variant(self, size: StepSize) -> Variant:
+        decode = size.num_tokens == size.num_seqs
         for v in self._variants:
             if v.capture and (not decode or v.name not in self._captured):
                 continue
-            if batch.num_tokens <= v.max_tokens and batch.num_seqs <= v.max_seqs and batch.max_num_new <= v.max_num_new and batch.num_rows <= v.max_rows:
+            if size.num_tokens <= v.max_tokens and size.num_seqs <= v.max_seqs and size.num_rows <= v.max_rows:
                 return v
-        raise ValueError(f"no variant takes {batch.num_tokens} tokens of {batch.num_seqs} sequences with {batch.num_rows} logits rows")
+        raise ValueError(f"no variant takes {size.num_tokens} tokens of {size.num_seqs} sequences with {size.num_rows} logits rows")
 
-    def _bind(self, variant: Variant, tokens: int, seqs: int, rows: int) -> BoundPlan:
-        key = (variant.name, tokens, seqs, rows)
+    def _bind(self, variant: Variant, size: StepSize) -> BoundPlan:
+        key = (variant.name, size._replace(longest=0))  # page tables lie apart
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
-        sizes = {"T": tokens, "S": seqs, "R": rows}
-        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, c in self.layout.page_groups}
-        inputs = {n: self._step_buffer[f.offset : f.offset + math.prod(f.shape)] for n, f in self.layout.fields(tokens, seqs, rows).items()}
-        plan = bind(variant, sizes, self._roots | inputs, self._arena, self._kernels, self.device)
+        sizes = {"T": size.num_tokens, "S": size.num_seqs, "R": size.num_rows}
+        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, _, c in self.layout.page_groups}
+        plan = bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device)
         self._bound[key] = plan
         if len(self._bound) > BOUND_PLANS:
             self._bound.popitem(last=False)
@@ -115,7 +137,6 @@ class Executor:
         pool = torch.cuda.graph_pool_handle() if variants else None
         for i, v in enumerate(variants):
             progress("capture CUDA graphs", i / len(variants))
-            n = v.max_seqs
-            padding = StepBatch(self.layout, 0, 0, 0).pad_to(n, n, n)
-            self._step_buffer[: padding.buffer.size].copy_(torch.from_numpy(padding.buffer))
-            self._captured[v.name] = capture(self._bind(v, n, n, n), pool)
+            size = StepSize(v.max_seqs, v.max_seqs, v.max_seqs, 0)
+            self._staging.upload(self._staging.batch(StepSize(0, 0, 0, 0), size))
+            self._captured[v.name] = capture(self._bind(v, size), pool)

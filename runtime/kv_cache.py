@@ -1,9 +1,11 @@
 """The paged KV cache's bookkeeping: who holds which page, and which pages hold known prefixes. No torch.
 
-Every state group has its own pool of pages and its own page table. A running sequence has a *row*: the row of every
-page table, and its slot in `slot` groups. Full pages are named by a hash chained over their tokens (vLLM's automatic
-prefix caching, 2024), so that a sequence with the same prefix takes them over; pages that nobody references stay until
-their memory is needed and go least recently used first.
+Every state group has its own pool of pages and its own page table, of which a running sequence has a row (`rows.py`). Full
+pages are named by a hash chained over their tokens (vLLM's automatic prefix caching, 2024), so that a sequence with the
+same prefix takes them over; pages that nobody references stay until their memory is needed and go least recently used first.
+
+A page is named, shared, let go and given to others as soon as the steps that use it are launched: whoever reads or writes it
+then does so in a later step, and the device runs steps in order.
 
 Of a group with a window a row keeps only the pages that tokens still to be computed attend to. Columns of the page table
 before them repeat the first page kept: what a kernel reads there it masks, and it reads nothing of others.
@@ -23,6 +25,7 @@ from typing import Literal
 import numpy as np
 
 from .request import Sequence
+from .rows import Rows
 
 NO_LIMIT = 2**31 - 1
 
@@ -107,6 +110,12 @@ class PagePool:
             self.hash_of[page] = page_hash
             self.page_of[page_hash] = page
 
+    def forget(self) -> None:
+        """Take all names away."""
+        self.free += self.idle
+        for known in (self.idle, self.hash_of, self.page_of):
+            known.clear()
+
 
 class KVCache:
     """Pages and slots of running sequences. `page_tables[group]` is int32 [max_num_seqs, P], P the pages of `max_model_len` tokens.
@@ -122,9 +131,9 @@ class KVCache:
         self.pools = {name: PagePool(g.num_units) for name, g in self.groups.items()}
         self.page_tables = {name: np.zeros((max_num_seqs, -(-max_model_len // g.page_size)), np.int32) for name, g in self.groups.items()}
         self.num_rows = min([max_num_seqs, *(g.num_units for g in self.slot_groups.values())])
-        self.first_page = {name: [0] * self.num_rows for name in self.groups}  # that each row still holds
+        self.rows = Rows(self.num_rows)
+        self.first_page = {name: np.zeros(self.num_rows, np.int32) for name in self.groups}  # that each row still holds
         self.num_pages = {name: [0] * self.num_rows for name in self.groups}  # of each row, those that it let go included
-        self._room = [0] * self.num_rows  # tokens for which every group has pages, of each row
         self.sequences: dict[int, Sequence] = {}  # by row
         self.prefix_queries = self.prefix_hits = 0  # tokens asked for, tokens found
         self.prefix_caching_off = self._why_off(enable_prefix_caching)
@@ -132,7 +141,6 @@ class KVCache:
         sizes = [g.page_size for g in self.groups.values()]
         self._stride = math.lcm(*sizes)  # a prefix ends where a page of every group ends
         self._boundary = math.gcd(*sizes) or 1  # pages end only at multiples of it
-        self._slides = any(g.window for g in self.groups.values())
 
     def _why_off(self, enable_prefix_caching: bool) -> str:
         """Why prefixes are not reused; "" when they are."""
@@ -173,7 +181,7 @@ class KVCache:
         return found
 
     def admit(self, seq: Sequence, spare: int = 0) -> bool:
-        """Give `seq` a row and the pages of its known prefix, and set `num_computed` to the prefix' length.
+        """Give `seq` a row and the pages of its known prefix, whose tokens count as computed.
 
         False, and nothing changes, when there is no row or some group could not hold what its tokens need and `spare` more pages.
         """
@@ -199,7 +207,7 @@ class KVCache:
             self.page_tables[name][row, :first] = pages[0] if pages else 0
             self.page_tables[name][row, first:last] = pages
             self.first_page[name][row], self.num_pages[name][row] = first, last
-        self._room[row] = seq.num_computed = found
+        self.rows.place(seq, row, found)
         if seq.num_cached < 0:
             seq.num_cached = found
             self.prefix_queries += len(seq.token_ids)
@@ -209,7 +217,7 @@ class KVCache:
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make every group hold `num_tokens` tokens of `seq`; False, and nothing changes, when a pool is too empty."""
         row = seq.row
-        if num_tokens <= self._room[row]:
+        if num_tokens <= self.rows.room[row]:
             return True
         missing = []
         for name, group in self.groups.items():
@@ -223,39 +231,54 @@ class KVCache:
             pool = self.pools[name]
             self.page_tables[name][row, held:wanted] = [pool.take() for _ in range(wanted - held)]
             self.num_pages[name][row] = wanted
-        self._room[row] = min((self.num_pages[name][row] * g.page_size for name, g in self.groups.items()), default=num_tokens)
+        self.rows.room[row] = min((self.num_pages[name][row] * g.page_size for name, g in self.groups.items()), default=num_tokens)
         return True
 
-    def commit(self, seq: Sequence, num_new: int) -> None:
-        """`num_new` more tokens of `seq` have their KV in the pages.
+    def launched(self, sequences: list[Sequence], rows: np.ndarray, known: np.ndarray) -> None:
+        """The KV of `num_computed` tokens of each row is in the pages, or will be before the next step; `known` [S] tokens are known.
 
-        The pages that became full can be found from now on, and those that no later token attends to are let go.
+        The pages that became full of known tokens can be found from now on, and those that no later token attends to are let go.
         """
-        before, seq.num_computed = seq.num_computed, seq.num_computed + num_new
-        if before // self._boundary == seq.num_computed // self._boundary and not self._slides:
-            return
+        computed = self.rows.num_computed[rows]
+        if not self.prefix_caching_off:
+            named, known = self.rows.num_named[rows], np.minimum(computed, known)
+            for i in np.flatnonzero(named // self._boundary != known // self._boundary).tolist():
+                self._name(sequences[i], int(known[i]))
         for name, group in self.groups.items():
-            first, last = before // group.page_size, seq.num_computed // group.page_size
-            if first < last and not self.prefix_caching_off:
-                hashes = self._hashes(seq, group.page_size, last)
-                for page, page_hash in zip(self.page_tables[name][seq.row, first:last].tolist(), hashes[first:], strict=True):
-                    self.pools[name].name(page, page_hash)
             if group.window:
-                self._slide(name, seq.row, group.first_page(seq.num_computed))
+                first = np.maximum(computed - group.window + 1, 0) // group.page_size
+                for i in np.flatnonzero(first > self.first_page[name][rows]).tolist():
+                    self._slide(name, int(rows[i]), int(first[i]))
+
+    def _name(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the full pages among those of the first `num_tokens` tokens findable."""
+        row, before = seq.row, int(self.rows.num_named[seq.row])
+        for name, group in self.groups.items():
+            first, last = max(before // group.page_size, int(self.first_page[name][row])), num_tokens // group.page_size
+            if first < last:
+                hashes = self._hashes(seq, group.page_size, last)
+                for page, page_hash in zip(self.page_tables[name][row, first:last].tolist(), hashes[first:], strict=True):
+                    self.pools[name].name(page, page_hash)
+        self.rows.num_named[row] = num_tokens
 
     def _slide(self, name: str, row: int, first: int) -> None:
         """Let go of the pages before `first`."""
-        held, table = self.first_page[name][row], self.page_tables[name][row]
-        if held < first:
-            for page in table[held:first].tolist():
-                self.pools[name].release(page)
-            self.first_page[name][row] = first
-            table[:first] = table[first] if first < self.num_pages[name][row] else 0
+        table = self.page_tables[name][row]
+        for page in table[self.first_page[name][row] : first].tolist():
+            self.pools[name].release(page)
+        self.first_page[name][row] = first
+        table[:first] = table[first] if first < self.num_pages[name][row] else 0
+
+    def forget_prefixes(self) -> None:
+        """What pages hold cannot be trusted: nobody finds them any more."""
+        for pool in self.pools.values():
+            pool.forget()
 
     def release(self, seq: Sequence) -> None:
         """Take back the row and every page of `seq`; its full pages stay findable until their memory is needed."""
+        if not self.prefix_caching_off:
+            self._name(seq, min(int(self.rows.num_computed[seq.row]), len(seq.token_ids)))
         row, seq.row = seq.row, -1
-        seq.num_computed = 0
         del self.sequences[row]
         self._free_rows.append(row)
         for name, pool in self.pools.items():
@@ -289,17 +312,17 @@ class KVCache:
             tokens_of: dict[int, bytes] = {}  # of shared pages
             for row, seq in self.sequences.items():
                 assert seq.row == row
-                first, pages = self.first_page[name][row], self._held(name, row)
+                first, pages = int(self.first_page[name][row]), self._held(name, row)
                 assert len(set(pages)) == len(pages), f"{name}: a page twice in row {row}"
-                room = self._room[row]
-                assert (first + len(pages)) * group.page_size >= room >= seq.num_computed, f"{name}: row {row} lacks pages of {seq.num_computed} tokens"
-                assert first == group.first_page(seq.num_computed), f"{name}: row {row} holds pages from {first} on after {seq.num_computed} tokens"
+                room, computed = self.rows.room[row], int(self.rows.num_computed[row])
+                assert (first + len(pages)) * group.page_size >= room >= computed, f"{name}: row {row} lacks pages of {computed} tokens"
+                assert first == group.first_page(computed), f"{name}: row {row} holds pages from {first} on after {computed} tokens"
                 assert set(self.page_tables[name][row, :first]) <= {*pages[:1], *([] if pages else [0])}, f"{name}: row {row} points at pages of others"
                 refs.update(pages)
                 for i, page in enumerate(pages, first):
                     named = pool.hash_of.get(page)
                     if named is not None or pool.refs[page] > 1:
-                        assert (i + 1) * group.page_size <= seq.num_computed, f"{name}: page {page} of row {row} is shared or named before it is full"
+                        assert (i + 1) * group.page_size <= computed, f"{name}: page {page} of row {row} is shared or named before it is full"
                         tokens = self._hashes(seq, group.page_size, i + 1)[i]
                         assert named in (None, tokens), f"{name}: page {page} of row {row} has another prefix"
                         assert tokens_of.setdefault(page, tokens) == tokens, f"{name}: page {page} is shared between prefixes"

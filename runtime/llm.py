@@ -68,10 +68,10 @@ class LLM:
 
     def __init__(self, artifact_path: str | Path, *, max_model_len: int | None = None, gpu_memory_utilization: float = 0.9,
                  num_pages: int | None = None, enable_prefix_caching: bool = True, max_num_batched_tokens: int | None = None,
-                 num_threads: int | None = None) -> None:  # fmt: skip
+                 num_threads: int | None = None, overlap: bool = True) -> None:  # fmt: skip
         from .load import load_engine  # here: it imports torch, and `LLM.over` does without
 
-        options = EngineOptions(max_model_len, gpu_memory_utilization, num_pages, enable_prefix_caching, max_num_batched_tokens, num_threads)
+        options = EngineOptions(max_model_len, gpu_memory_utilization, num_pages, enable_prefix_caching, max_num_batched_tokens, num_threads, overlap)
         self._serve(load_engine(Path(artifact_path), options))
 
     @classmethod

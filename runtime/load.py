@@ -41,8 +41,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
     )
     executor = Executor(artifact, plans, memory, progress)
     tokenizer = Tokenizer(artifact.root / "tokenizer") if (artifact.root / "tokenizer" / "tokenizer.json").exists() else None
-    engine = Engine(
-        executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching, max_num_batched_tokens=options.max_num_batched_tokens
-    )
+    engine = Engine(executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching,
+                    max_num_batched_tokens=options.max_num_batched_tokens, overlap=options.overlap)  # fmt: skip
     progress(f"ready in {time.perf_counter() - start:.1f} s", 1.0)
     return engine

@@ -138,19 +138,19 @@ class Status(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One continuation of a request, as the scheduler sees it: tokens, of which the first `num_computed` have their KV."""
+    """One continuation of a request: its known tokens, and where it stands. What a running one has computed is in `rows.Rows`."""
 
     request: Request
     index: int
     order: tuple[float, ...]  # who goes first; the last one is preempted first
     max_tokens: int
     token_ids: list[int]  # prompt and output
-    sampling: bytes = b""  # `batch.sampling_record`
+    sampling: bytes  # `records.sampling_record`
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
-    num_computed: int = 0
     num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet
-    row: int = -1  # of the page tables, while it is running
+    row: int = -1  # while it is running
+    last_step: int = -1  # that was launched with it before it was preempted
     page_hashes: dict[int, list[bytes]] = field(default_factory=dict)  # by page size
     num_prompt: int = field(init=False)
     prompt_logprobs: list[TokenLogprob | None] = field(init=False)  # so far; continuation 0 computes them for all
@@ -166,24 +166,16 @@ class Sequence:
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    @property
-    def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
-
-    def prompt_rows(self, num_new: int) -> range:
-        """Positions among the next `num_new` whose logits give the next prompt token a log-probability that is still wanted."""
+    def prompt_rows(self, num_computed: int, num_new: int) -> range:
+        """Positions among the `num_new` after `num_computed` whose logits give the next prompt token a log-probability that is wanted."""
         if not self.wants_prompt_logprobs:
             return range(0)
         # prompt_logprobs[i] comes from the logits of position i − 1; entry 0 is None.
-        return range(max(self.num_computed, len(self.prompt_logprobs) - 1), min(self.num_computed + num_new, self.num_prompt - 1))
+        return range(max(num_computed, len(self.prompt_logprobs) - 1), min(num_computed + num_new, self.num_prompt - 1))
 
     def add_prompt_logprob(self, entry: TokenLogprob) -> None:
         self.prompt_logprobs.append(entry)
         self.wants_prompt_logprobs = len(self.prompt_logprobs) < self.num_prompt
-
-    def samples(self, num_new: int) -> bool:
-        """Whether the next `num_new` tokens reach the end, so that the step yields a token."""
-        return self.num_computed + num_new == len(self.token_ids)
 
     def usage(self) -> Usage:
         return Usage(self.num_prompt, max(self.num_cached, 0), self.num_output)

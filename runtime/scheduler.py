@@ -3,6 +3,8 @@
 Each step has a budget of tokens. Sequences that decode take theirs first, then running prefills their next chunk, then
 waiting sequences are admitted in order. When pages run out, the sequence that comes last in order gives up its own and
 is computed again later.
+
+A step is scheduled as if those in flight were done: `launched` says that it is on its way, `collected` that it was.
 """
 
 from __future__ import annotations
@@ -10,31 +12,52 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+import numpy as np
 
 from .kv_cache import KVCache
 from .request import RequestError, Sequence, Status
+from .rows import Rows
 
 
-class Scheduled(NamedTuple):
-    """`sequence` computes its next `num_new` tokens in this step."""
+@dataclass(frozen=True)
+class Step:
+    """What a step computes: for each of its sequences the `num_new` tokens after the first `num_computed`; arrays [S]."""
 
-    sequence: Sequence
-    num_new: int
+    number: int  # of launched steps, from 0
+    sequences: list[Sequence]
+    rows: np.ndarray
+    num_computed: np.ndarray
+    num_new: np.ndarray
+    pending: np.ndarray  # the row of the last step's samples with the sequence's newest token; −1 when it is known
+    samples: np.ndarray  # whether the tokens end with this step, which yields the next one
+    prompt_rows: list[tuple[Sequence, range]]  # positions whose logits score the prompt
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits: one for each sequence that samples, then everybody's prompt rows."""
+        return int(self.samples.sum()) + sum(len(positions) for _, positions in self.prompt_rows)
 
 
 @dataclass
-class _Step:
-    """A step being filled: who computes how much, and what is left of the budgets."""
+class _Budget:
+    """A step being filled: who computes how much, and how many tokens and rows of logits are left."""
 
+    rows_of: Rows
     tokens: int
     rows: int
     items: dict[Sequence, int] = field(default_factory=dict)
 
+    def decode(self, sequences: list[Sequence]) -> None:
+        """One token and one row each."""
+        self.items |= dict.fromkeys(sequences, 1)
+        self.tokens -= len(sequences)
+        self.rows -= len(sequences)
+
     def chunk(self, seq: Sequence) -> int:
         """The largest number of new tokens that `seq` can have now."""
-        left = len(seq.token_ids) - seq.num_computed
-        num_new = left if left < self.tokens else self.tokens
+        left = int(self.rows_of.num_tokens[seq.row] - self.rows_of.num_computed[seq.row])
+        num_new = min(left, self.tokens)
         if seq.wants_prompt_logprobs:  # at most one row a token
             return min(num_new, self.rows)
         return num_new if self.rows > 0 or num_new < left else num_new - 1
@@ -45,25 +68,28 @@ class _Step:
         self.rows -= self._num_rows(seq, num_new)
 
     def discard(self, seq: Sequence) -> None:
+        """Take `seq`, which still has its row, out again."""
         num_new = self.items.pop(seq, 0)
         if num_new:
             self.tokens += num_new
             self.rows += self._num_rows(seq, num_new)
 
     def _num_rows(self, seq: Sequence, num_new: int) -> int:
-        return seq.samples(num_new) + (len(seq.prompt_rows(num_new)) if seq.wants_prompt_logprobs else 0)
+        computed = int(self.rows_of.num_computed[seq.row])
+        return (computed + num_new == self.rows_of.num_tokens[seq.row]) + len(seq.prompt_rows(computed, num_new))
 
 
 class Scheduler:
     """Decides what each step computes. At most `max_num_rows` rows of logits a step (0: as many as tokens)."""
 
     def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int, max_num_rows: int = 0) -> None:
-        self.cache = cache
+        self.cache, self.rows = cache, cache.rows
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_rows = max_num_rows or max_num_batched_tokens
         self.running: list[Sequence] = []  # in order
         self.num_preemptions = 0
+        self.num_launched = self.num_collected = 0  # steps
         self._waiting: list[tuple[tuple[float, ...], Sequence]] = []  # a heap
 
     @property
@@ -85,39 +111,64 @@ class Scheduler:
             )
         heapq.heappush(self._waiting, (seq.order, seq))
 
-    def schedule(self) -> list[Scheduled]:
-        """What the next step computes; empty when nothing waits or runs. Order: decoding, prefilling, newly admitted."""
-        step = _Step(self.max_num_batched_tokens, self.max_num_rows)
+    def schedule(self) -> Step | None:
+        """What the next step computes; None when nothing can be. Order: decoding, prefilling, newly admitted.
+
+        At most one step may be in flight, or a pending token would not be among the samples of the last one.
+        """
+        assert self.num_launched - self.num_collected <= 1
+        budget = _Budget(self.rows, self.max_num_batched_tokens, self.max_num_rows)
         preemptions = self.num_preemptions
-        prefilling = [s for s in self.running if s.num_uncomputed > 1]
-        decoding = [s for s in self.running if s.num_uncomputed == 1] if prefilling else list(self.running)
-        for seq in decoding + prefilling:
-            num_new = step.chunk(seq) if seq.status is Status.RUNNING else 0
-            if num_new > 0 and self._make_room(seq, num_new, step):
-                step.add(seq, num_new)
+        rows = np.fromiter([s.row for s in self.running], np.int32, len(self.running))
+        uncomputed = self.rows.uncomputed(rows)
+        decoding = np.flatnonzero(uncomputed == 1)[: min(budget.tokens, budget.rows)]
+        prefilling = [self.running[i] for i in np.flatnonzero(uncomputed > 1).tolist()]
+        full = decoding[self.rows.room[rows[decoding]] <= self.rows.num_computed[rows[decoding]]]
+        starved = [self.running[i] for i in full.tolist()]
+        budget.decode(self.running if len(decoding) == len(rows) else [self.running[i] for i in decoding.tolist()])
+        for seq in starved:
+            if seq.status is Status.RUNNING:
+                self._make_room(seq, 1, budget)
+        for seq in prefilling:
+            num_new = budget.chunk(seq) if seq.status is Status.RUNNING else 0
+            if num_new > 0 and self._make_room(seq, num_new, budget):
+                budget.add(seq, num_new)
         # What was just taken from a running sequence must not go to a new one.
         if self.num_preemptions == preemptions:
-            self._admit(step)
-        return [Scheduled(seq, num_new) for seq, num_new in step.items.items()]
+            self._admit(budget)
+        return self._step(budget.items) if budget.items else None
 
-    def _admit(self, step: _Step) -> None:
-        while self._waiting and len(self.running) < self.max_num_seqs and step.tokens > 0 and step.rows > 0:
+    def _step(self, items: dict[Sequence, int]) -> Step:
+        state, sequences = self.rows, list(items)
+        rows = np.fromiter([s.row for s in sequences], np.int32, len(sequences))
+        num_new = np.fromiter(items.values(), np.int32, len(sequences))
+        num_computed = state.num_computed[rows]
+        pending = np.where(state.sampled_in[rows] >= self.num_collected, state.sampled_row[rows], -1)
+        samples = num_computed + num_new == state.num_tokens[rows]
+        scoring = [i for i, s in enumerate(sequences) if s.wants_prompt_logprobs]
+        prompt_rows = [(sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring]
+        return Step(self.num_launched, sequences, rows, num_computed, num_new, pending, samples, prompt_rows)
+
+    def _admit(self, budget: _Budget) -> None:
+        while self._waiting and len(self.running) < self.max_num_seqs and budget.tokens > 0 and budget.rows > 0:
             seq = self._waiting[0][1]
+            # One that was preempted while a step in flight has it may not know its newest token yet.
             # A page for each running sequence stays spare, or the newcomer would soon be preempted.
-            if not self.cache.admit(seq, spare=len(self.running)):
+            if seq.last_step >= self.num_collected or not self.cache.admit(seq, spare=len(self.running)):
                 break
             heapq.heappop(self._waiting)
             seq.status = Status.RUNNING
             insort(self.running, seq, key=lambda s: s.order)
-            num_new = step.chunk(seq)
-            self.cache.grow(seq, seq.num_computed + num_new)
-            step.add(seq, num_new)
+            num_new = budget.chunk(seq)
+            self.cache.grow(seq, int(self.rows.num_computed[seq.row]) + num_new)
+            budget.add(seq, num_new)
 
-    def _make_room(self, seq: Sequence, num_new: int, step: _Step) -> bool:
+    def _make_room(self, seq: Sequence, num_new: int, budget: _Budget) -> bool:
         """Pages for `num_new` more tokens, from those that come last if need be; False when `seq` itself is the last."""
-        while not self.cache.grow(seq, seq.num_computed + num_new):
+        while not self.cache.grow(seq, int(self.rows.num_computed[seq.row]) + num_new):
             victim = self.running.pop()
-            step.discard(victim)
+            budget.discard(victim)
+            victim.last_step = int(self.rows.launched_in[victim.row])
             self.cache.release(victim)
             victim.status = Status.WAITING
             heapq.heappush(self._waiting, (victim.order, victim))
@@ -126,11 +177,21 @@ class Scheduler:
                 return False
         return True
 
-    def update(self, scheduled: list[Scheduled]) -> None:
-        """The step was computed. Sampled tokens are appended, and sequences finished, after this."""
-        for seq, num_new in scheduled:
-            if seq.status is Status.RUNNING:
-                self.cache.commit(seq, num_new)
+    def launched(self, step: Step) -> None:
+        """The step is on its way: the next one is scheduled as if it were done. Its samples are pending from now on."""
+        state = self.rows
+        state.num_computed[step.rows] += step.num_new
+        state.launched_in[step.rows] = step.number
+        sampled = step.rows[step.samples]
+        state.num_tokens[sampled] += 1
+        state.sampled_in[sampled] = step.number
+        state.sampled_row[sampled] = np.arange(len(sampled))
+        self.num_launched += 1
+        self.cache.launched(step.sequences, step.rows, state.num_tokens[step.rows] - step.samples - (step.pending >= 0))
+
+    def collected(self) -> None:
+        """The oldest step in flight was computed. Its samples are appended, and sequences finished, after this."""
+        self.num_collected += 1
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, and free what it holds."""
@@ -151,4 +212,9 @@ class Scheduler:
         assert all(s.status is Status.RUNNING for s in self.running) and all(s.status is Status.WAITING and s.row < 0 for s in waiting)
         assert [s.order for s in self.running] == sorted(s.order for s in self.running)
         assert len(self.running) <= self.max_num_seqs
-        assert all(s.num_uncomputed >= 1 for s in self.running)
+        rows = np.array([s.row for s in self.running], np.int32)
+        awaited = self.rows.num_tokens[rows] - np.array([len(s.token_ids) for s in self.running], np.int32)
+        assert ((awaited > 0) == (self.rows.sampled_in[rows] >= self.num_collected)).all()
+        assert (awaited >= 0).all() and (awaited <= self.num_launched - self.num_collected).all()
+        assert (self.rows.num_computed[rows] < self.rows.num_tokens[rows]).all()
+        assert (self.rows.uncomputed(rows) >= (awaited == 0)).all()  # only one whose last token is awaited has nothing left to compute

@@ -1,5 +1,6 @@
 """A model that is all bookkeeping: what it answers depends on every token it can read back through the pages and slots it is given."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -7,25 +8,78 @@ import pytest
 import torch
 
 from ingot.artifacts.manifest import ModelInfo
-from ingot.runtime.batch import Sampled, StepBatch
-from ingot.runtime.engine import Engine, ExecutorInfo, GroupInfo
+from ingot.ops.errors import IngotError
+from ingot.runtime.batch import Sampled, StepBatch, StepLayout, StepSize
+from ingot.runtime.engine import Engine
+from ingot.runtime.kv_cache import GroupInfo
+from ingot.runtime.protocol import ExecutorInfo
 from ingot.runtime.request import Delta, Request, SamplingParams
 from ingot.runtime.sampler import SamplingRows, sample
 
 VOCAB, PRIME = 97, 1_000_003
 
 
+class Launch:
+    """A step of `RecallExecutor`: its bytes as they were when it was launched, and its samples once it was run."""
+
+    def __init__(self, executor: "RecallExecutor", data: bytes) -> None:
+        self.executor, self.data, self.sampled = executor, data, None
+
+    def result(self) -> Sampled:
+        self.executor.run_until(self)
+        if isinstance(self.sampled, IngotError):
+            raise self.sampled
+        return self.sampled
+
+
 class RecallExecutor:
-    """A wrong page, slot, position or length changes its logits. Steps come as bytes and are padded, as for a worker with CUDA graphs."""
+    """A wrong page, slot, position or length changes its logits. Steps come as bytes and are padded, as for a worker with CUDA graphs.
+
+    An asynchronous one runs a step at a random moment between its launch and the call of `result`, in order.
+    """
 
     def __init__(self, info: ExecutorInfo) -> None:
         self.info = info
+        self.layout = StepLayout.of(info.groups, info.max_num_seqs, info.max_model_len)
         rng = np.random.default_rng(7)
         self.weights = {name: rng.integers(1, PRIME, info.max_model_len) for name in info.groups}
         self.memory = {name: np.full(g.num_units * max(g.page_size, 1), -1, np.int64) for name, g in info.groups.items()}
+        self.samples = np.zeros(self.layout.num_samples, np.int32)
         self.num_steps = 0
         self.largest = (0, 0, 0)
-        self.fail: Callable[[StepBatch], None] = lambda batch: None
+        self.fail: Callable[[StepBatch], None] = lambda batch: None  # when it is launched
+        self.fail_late: Callable[[StepBatch], None] = lambda batch: None  # when it is run
+        self._queue: deque[Launch] = deque()
+        self._chance = np.random.default_rng(1)
+
+    def batch(self, size: StepSize) -> StepBatch:
+        padded = StepSize(size.num_tokens + 3, size.num_seqs + 2, size.num_rows + 1, size.longest)
+        return StepBatch(self.layout, size, padded, np.full(self.layout.length(padded), 12345, np.int32))
+
+    def launch(self, batch: StepBatch) -> Launch:
+        self.fail(batch)
+        self.num_steps += 1
+        self.largest = tuple(map(max, self.largest, batch.size[:3]))
+        launch = Launch(self, batch.to_bytes())
+        batch.buffer[:] = 54321
+        self._queue.append(launch)
+        while self._queue and (not self.info.asynchronous or self._chance.random() < 0.3):
+            self._run()
+        assert len(self._queue) < 3
+        return launch
+
+    def run_until(self, launch: Launch) -> None:
+        while launch.sampled is None:
+            self._run()
+
+    def _run(self) -> None:
+        launch = self._queue.popleft()
+        batch = StepBatch.from_bytes(self.layout, launch.data)
+        try:
+            self.fail_late(batch)
+            launch.sampled = self._compute(batch)
+        except IngotError as error:
+            launch.sampled = error
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """After these tokens, from first principles: nothing paged."""
@@ -40,19 +94,15 @@ class RecallExecutor:
     def _logits(self, keys: list[int]) -> np.ndarray:
         return np.random.default_rng(keys).normal(0, 2, VOCAB).astype(np.float32)
 
-    def step(self, batch: StepBatch) -> Sampled:
-        self.fail(batch)
-        self.num_steps += 1
-        T, S, R = batch.num_tokens, batch.num_seqs, batch.num_rows
-        self.largest = tuple(map(max, self.largest, (T, S, R)))
-        batch = StepBatch.from_bytes(batch.layout, batch.to_bytes()).pad_to(T + 3, S + 2, R + 1)
+    def _compute(self, batch: StepBatch) -> Sampled:
+        R = batch.size.num_rows
         a = batch.arrays
-        values = a["input_ids"].astype(np.int64) + VOCAB * a["positions"]
+        values = batch.input_ids(self.samples).astype(np.int64) + VOCAB * a["positions"]
         for name, group in self.info.groups.items():
             if group.kind == "page":
                 slots = a[f"slot_mapping_{name}"]
                 self.memory[name][slots[slots >= 0]] = values[slots >= 0]
-        logits = np.zeros((R + 1, VOCAB), np.float32)
+        logits = np.zeros((batch.padded.num_rows, VOCAB), np.float32)
         rows = {int(t): r for r, t in enumerate(a["logits_rows"][:R])}
         starts = a["cu_seqlens_q"]
         for s, length in enumerate(a["seq_lens"].tolist()):
@@ -78,7 +128,10 @@ class RecallExecutor:
                         keys.append(int(self.memory[name][slot]))
                 if t in rows:
                     logits[rows[t]] = self._logits(keys)
-        return sample(torch.from_numpy(logits), SamplingRows.from_batch(batch)).first(R).to_host()
+        sampled = sample(torch.from_numpy(logits), SamplingRows.from_batch(batch)).first(R).to_host()
+        kept = sampled.token_ids[: len(self.samples)]
+        self.samples[: len(kept)] = np.maximum(kept, 0)
+        return sampled
 
 
 GROUPS: dict[str, dict[str, tuple[str, int, int]]] = {
@@ -95,11 +148,14 @@ class Recall:
 
     vocab_size = VOCAB
 
+    def __init__(self, asynchronous: bool) -> None:
+        self.asynchronous = asynchronous
+
     def engine(self, groups: str = "full", *, tokens: int = 2048, max_num_seqs: int = 24, chunk: int | None = None, max_model_len: int = 120,
                max_num_rows: int = 0, eos: tuple[int, ...] = (), tokenizer: object = None, **options: object) -> Engine:  # fmt: skip
         """`tokens`: what each page group holds; `chunk`: the budget of a step, which the executor limits to 256."""
         infos = {n: GroupInfo(k, p, tokens // p if k == "page" else max_num_seqs, w) for n, (k, p, w) in GROUPS[groups].items()}
-        info = ExecutorInfo(infos, max_num_seqs, 256, max_model_len, VOCAB, max_num_rows)
+        info = ExecutorInfo(infos, max_num_seqs, 256, max_model_len, VOCAB, max_num_rows, self.asynchronous)
         model = ModelInfo("recall", "Recall", "recall", VOCAB, max_model_len, eos, "float32", 0)
         return Engine(RecallExecutor(info), tokenizer, model, max_num_batched_tokens=chunk, **options)  # type: ignore[arg-type]
 
@@ -149,6 +205,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", params=[False, True], ids=["synchronous", "asynchronous"])
+def recall(request: pytest.FixtureRequest) -> Recall:
+    return Recall(request.param)
+
+
 @pytest.fixture(scope="session")
-def recall() -> Recall:
-    return Recall()
+def recall_in_flight() -> Recall:
+    """Asynchronous."""
+    return Recall(True)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ingot.runtime.kv_cache import GroupInfo, KVCache
+from ingot.runtime.records import sampling_record
 from ingot.runtime.request import Request, SamplingParams, Sequence
 
 PAGES = {"full": GroupInfo("page", 4, 14), "window7": GroupInfo("page", 2, 22, window=7), "window3": GroupInfo("page", 2, 11, window=3)}
@@ -14,7 +15,18 @@ MAX_LEN, MAX_SEQS, MAX_NEW = 40, 5, 9
 
 
 def sequence(tokens: list[int], keys: tuple[str, ...] = (), **params: object) -> Sequence:
-    return Sequence(Request("r", list(tokens), SamplingParams(**params), cache_keys=keys), 0, (0,), 16, list(tokens))
+    request = Request("r", list(tokens), SamplingParams(**params), cache_keys=keys)
+    return Sequence(request, 0, (0,), 16, list(tokens), sampling_record(request.params, 0))
+
+
+def computed(cache: KVCache, seq: Sequence) -> int:
+    return int(cache.rows.num_computed[seq.row])
+
+
+def launch(cache: KVCache, seq: Sequence, count: int) -> None:
+    """A step computes `count` more tokens of `seq`."""
+    cache.rows.num_computed[seq.row] += count
+    cache.launched([seq], np.array([seq.row]), np.array([len(seq.token_ids)]))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -39,11 +51,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert before == {n: p.num_available for n, p in self.cache.pools.items()}
             return
         self.running.append(seq)
-        assert 0 <= seq.num_computed < len(seq.token_ids)
-        assert seq.num_computed == 0 or not scores or len(seq.token_ids) == 1
+        assert 0 <= computed(self.cache, seq) < len(seq.token_ids)
+        assert computed(self.cache, seq) == 0 or not scores or len(seq.token_ids) == 1
         if not steps:
             return
-        while seq.num_computed < len(seq.token_ids):  # what admission promised
+        while computed(self.cache, seq) < len(seq.token_ids):  # what admission promised
             assert self._compute(seq, MAX_NEW)
             for name, pool in self.cache.pools.items():
                 assert pool.num_available >= spare, name
@@ -54,16 +66,17 @@ class CacheMachine(RuleBasedStateMachine):
         self._compute(self.running[which % len(self.running)], count)
 
     def _compute(self, seq: Sequence, count: int) -> bool:
-        count = min(count, len(seq.token_ids) - seq.num_computed)
-        if not self.cache.grow(seq, seq.num_computed + count):
+        begin = computed(self.cache, seq)
+        count = min(count, len(seq.token_ids) - begin)
+        if not self.cache.grow(seq, begin + count):
             return False
         self.every_token_that_is_still_seen_is_in_its_page()
         for name, group in PAGES.items():
-            for t in range(seq.num_computed, seq.num_computed + count):
+            for t in range(begin, begin + count):
                 page = int(self.cache.page_tables[name][seq.row, t // group.page_size])
                 entries = self.written[name].setdefault(page, [None] * group.page_size)
                 entries[t % group.page_size] = (seq.request.cache_keys, tuple(seq.token_ids[: t + 1]))
-        self.cache.commit(seq, count)
+        launch(self.cache, seq, count)
         return True
 
     @precondition(lambda self: self.running)
@@ -86,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
     def every_token_that_is_still_seen_is_in_its_page(self) -> None:
         for seq in self.running:
             for name, group in PAGES.items():
-                for t in range(max(0, seq.num_computed - group.window + 1) if group.window else 0, seq.num_computed):
+                for t in range(max(0, computed(self.cache, seq) - group.window + 1) if group.window else 0, computed(self.cache, seq)):
                     page = int(self.cache.page_tables[name][seq.row, t // group.page_size])
                     expected = (seq.request.cache_keys, tuple(seq.token_ids[: t + 1]))
                     assert self.written[name][page][t % group.page_size] == expected
@@ -112,9 +125,9 @@ def fill(cache: KVCache, tokens: list[int], **request: object) -> Sequence:
 
 def advance(cache: KVCache, seq: Sequence, step: int = 64) -> None:
     """Compute what is left, `step` tokens at a time."""
-    while left := min(step, len(seq.token_ids) - seq.num_computed):
-        assert cache.grow(seq, seq.num_computed + left)
-        cache.commit(seq, left)
+    while left := min(step, len(seq.token_ids) - computed(cache, seq)):
+        assert cache.grow(seq, computed(cache, seq) + left)
+        launch(cache, seq, left)
 
 
 def test_the_last_token_is_never_taken_from_the_cache():
@@ -140,8 +153,34 @@ def test_every_full_page_can_be_found_whenever_it_became_full():
     assert cache.admit(seq)
     assert cache.grow(seq, 30)
     for _ in range(30):
-        cache.commit(seq, 1)
+        launch(cache, seq, 1)
     assert {name: len(pool.page_of) for name, pool in cache.pools.items()} == {"a": 7, "b": 5}
+
+
+def test_a_page_gets_its_name_when_its_last_token_is_known():
+    cache = KVCache({"full": GroupInfo("page", 4, 16)}, 4, 64)
+    seq = sequence(list(range(7)))
+    assert cache.admit(seq)
+    assert cache.grow(seq, 8)
+    launch(cache, seq, 7)
+    launch(cache, seq, 1)  # the eighth, which is still on the device
+    assert len(cache.pools["full"].page_of) == 1
+    seq.token_ids.append(7)
+    cache.check_integrity()
+    cache.release(seq)
+    assert cache.match(sequence(list(range(9)))) == 8
+
+
+def test_prefixes_can_be_forgotten():
+    cache = KVCache({"full": GroupInfo("page", 4, 16)}, 4, 64)
+    tokens = list(range(12))
+    cache.release(fill(cache, tokens))
+    running = fill(cache, tokens)
+    cache.forget_prefixes()
+    assert cache.match(sequence(tokens)) == 0
+    cache.check_integrity()
+    cache.release(running)
+    assert cache.pools["full"].num_used == 0
 
 
 def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginning():
@@ -221,8 +260,8 @@ def test_a_sequence_longer_than_a_windows_pool_runs_alone():
     groups = {"window6": GroupInfo("page", 4, 5, window=6)}
     assert KVCache(groups, 2, 1000, max_num_new=8).capacity > 1000  # 6 + 8 − 2 tokens after the first touch 4 pages
     assert KVCache(groups, 2, 1000, max_num_new=16).capacity == 20  # a step alone takes 4, and its window 2 more
-    seq = fill_by(KVCache(groups, 1, 1000, max_num_new=8), list(range(900)), 8)
-    assert seq.num_computed == 900
+    cache = KVCache(groups, 1, 1000, max_num_new=8)
+    assert computed(cache, fill_by(cache, list(range(900)), 8)) == 900
 
 
 def test_a_prefix_needs_the_window_before_its_end_and_no_more():

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from ingot.runtime import sampler
-from ingot.runtime.batch import SAMPLING, StepBatch, StepLayout, sampling_record
+from ingot.runtime.batch import StepBatch, StepLayout, StepSize
+from ingot.runtime.records import SAMPLING, sampling_record
 from ingot.runtime.request import SamplingParams
 from ingot.runtime.sampler import SamplingRows, sample
 
-NO_PAGES = StepLayout((), slots=False)
+NO_PAGES = StepLayout((), slots=False, num_samples=16)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def rows_of(params: list[SamplingParams], seeds: list[int], steps: list[int], targets: list[int] | None = None, device: str = "cpu") -> SamplingRows:
-    batch = StepBatch(NO_PAGES, 1, 1, len(params))
+    batch = StepBatch(NO_PAGES, StepSize(1, 1, len(params), 256))
     records = np.frombuffer(b"".join(map(sampling_record, params, seeds)), SAMPLING).copy()
     records["step"] = steps
     if targets is not None:

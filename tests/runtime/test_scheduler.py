@@ -7,42 +7,64 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ingot.runtime.kv_cache import GroupInfo, KVCache
+from ingot.runtime.records import sampling_record
 from ingot.runtime.request import Request, RequestError, SamplingParams, Sequence, Status, TokenLogprob
-from ingot.runtime.scheduler import Scheduler, _Step
+from ingot.runtime.scheduler import Scheduler, Step, _Budget
 
 TOKENS, ROWS, SEQS = 24, 6, 5
 
 
 def make(scheduler: Scheduler, number: int, prompt: list[int], max_tokens: int = 8, priority: int = 0, scores: bool = False) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0 if scores else None)
-    seq = Sequence(Request(f"r{number}", prompt, params, priority), 0, (priority, number), max_tokens, list(prompt))
+    seq = Sequence(Request(f"r{number}", prompt, params, priority), 0, (priority, number), max_tokens, list(prompt), sampling_record(params, 0))
     scheduler.add(seq)
     return seq
 
 
+def computed(scheduler: Scheduler, seq: Sequence) -> int:
+    return int(scheduler.rows.num_computed[seq.row])
+
+
+def collect(scheduler: Scheduler, step: Step, token: int = 1) -> list[Sequence]:
+    """The step's samples are `token`; those who are complete with it."""
+    for seq, positions in step.prompt_rows:
+        for position in positions:
+            if seq.status is not Status.FINISHED:
+                assert position == len(seq.prompt_logprobs) - 1
+                seq.add_prompt_logprob(TokenLogprob(seq.token_ids[position + 1], -1.0))
+    scheduler.collected()
+    complete = []
+    for i in np.flatnonzero(step.samples).tolist():
+        seq = step.sequences[i]
+        if seq.status is not Status.FINISHED:
+            assert not seq.wants_prompt_logprobs
+            seq.token_ids.append(token)
+            if seq.num_output == seq.max_tokens:
+                scheduler.finish(seq)
+                complete.append(seq)
+    return complete
+
+
 def compute(scheduler: Scheduler, token: int = 1) -> list[tuple[Sequence, int]]:
-    """One step: what was scheduled. Sequences that are complete finish."""
-    scheduled = scheduler.schedule()
-    for seq, num_new in scheduled:
-        for position in seq.prompt_rows(num_new):
-            seq.add_prompt_logprob(TokenLogprob(seq.token_ids[position + 1], -1.0))
-    sampling = [seq for seq, n in scheduled if seq.samples(n)]
-    scheduler.update(scheduled)
-    for seq in sampling:
-        seq.token_ids.append(token)
-        if seq.num_output >= seq.max_tokens:
-            scheduler.finish(seq)
-    return scheduled
+    """One step, nothing in flight: what was scheduled. Sequences that are complete finish."""
+    step = scheduler.schedule()
+    if step is None:
+        return []
+    scheduler.launched(step)
+    collect(scheduler, step, token)
+    return list(zip(step.sequences, step.num_new.tolist(), strict=True))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, are aborted, and steps run, over pools so small that sequences are preempted and prefixes evicted."""
+    """Requests come, are aborted or stop, and steps are launched and collected, at most two in flight, over pools so small that
+    sequences are preempted and prefixes evicted."""
 
     def __init__(self) -> None:
         super().__init__()
         groups = {"full": GroupInfo("page", 4, 14), "window7": GroupInfo("page", 2, 17, window=7)}
         self.scheduler = Scheduler(KVCache(groups, SEQS, 64, max_num_new=TOKENS), max_num_seqs=SEQS, max_num_batched_tokens=TOKENS, max_num_rows=ROWS)
         self.alive: list[Sequence] = []
+        self.in_flight: list[Step] = []
         self.number = 0
 
     @rule(stem=st.integers(0, 2), length=st.integers(1, 36), last=st.integers(0, 3), max_tokens=st.integers(1, 16), priority=st.integers(0, 1),
@@ -54,53 +76,77 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.alive)
     @rule(which=st.integers(0, 50))
-    def abort(self, which: int) -> None:
+    def end(self, which: int) -> None:
+        """By an abort, or by a stop that the tokens collected so far have shown."""
         self.scheduler.finish(self.alive.pop(which % len(self.alive)))
 
-    @rule(token=st.integers(0, 2))
-    def step(self, token: int) -> None:
+    @precondition(lambda self: len(self.in_flight) < 2)
+    @rule()
+    def launch(self) -> None:
+        scheduler, state = self.scheduler, self.scheduler.rows
         running = {s for s in self.alive if s.status is Status.RUNNING}
-        preemptions = self.scheduler.num_preemptions
+        preemptions = scheduler.num_preemptions
         first = min(self.alive, key=lambda s: s.order, default=None)
-        before = {s: (s.num_computed, len(s.token_ids)) for s in running}
-        rows = 0
+        before = {s: computed(scheduler, s) for s in running}
+        end = {s: int(state.uncomputed(np.array([s.row]))[0]) for s in running}
+        sampled = {s for f in self.in_flight for s, yes in zip(f.sequences, f.samples.tolist(), strict=True) if yes and s in running}
+        flying = {s for f in self.in_flight for s in f.sequences}
 
-        scheduled = self.scheduler.schedule()
-        for seq, n in scheduled:
-            rows += len(seq.prompt_rows(n)) + seq.samples(n)
-            assert 1 <= n <= seq.num_uncomputed
-            assert seq.status is Status.RUNNING
-            if seq in before:
-                assert (seq.num_computed, len(seq.token_ids)) == before[seq]
-        assert sum(n for _, n in scheduled) <= TOKENS
-        assert rows <= ROWS
-        assert len({s for s, _ in scheduled}) == len(scheduled)
+        step = scheduler.schedule()
         preempted = {s for s in running if s.status is Status.WAITING}
-        assert len(preempted) == self.scheduler.num_preemptions - preemptions
+        assert len(preempted) == scheduler.num_preemptions - preemptions
+        if first is not None and first in running:
+            assert first.status is Status.RUNNING  # so that somebody always gets on
+        if step is None:
+            # nobody, or all that there are wait for a step in flight
+            assert not self.alive or (self.in_flight and all(end.get(s, 0) == 0 for s in running))
+            return
+        scheduled = list(zip(step.sequences, step.num_new.tolist(), strict=True))
+        for i, (seq, n) in enumerate(scheduled):
+            assert seq.status is Status.RUNNING
+            assert step.num_computed[i] == computed(scheduler, seq) == before.get(seq, computed(scheduler, seq))
+            known = len(seq.token_ids) + (seq in sampled)
+            assert 1 <= n <= known - step.num_computed[i]
+            assert step.samples[i] == (step.num_computed[i] + n == known)
+            assert step.num_computed[i] + n < seq.num_prompt + seq.max_tokens  # the last token is never fed back
+            assert (step.pending[i] >= 0) == (seq in sampled)
+            if seq in sampled:
+                last = self.in_flight[-1]
+                assert [s for s, yes in zip(last.sequences, last.samples.tolist(), strict=True) if yes][step.pending[i]] is seq
+            if seq not in running:
+                assert seq not in flying  # what it said there is not known yet
+        assert sum(n for _, n in scheduled) <= TOKENS
+        assert step.num_rows == sum(len(p) for _, p in step.prompt_rows) + step.samples.sum() <= ROWS
+        assert len({s for s, _ in scheduled}) == len(scheduled)
         kept = [s for s, _ in scheduled if s in running]
         if preempted:
             assert {s for s, _ in scheduled} <= running  # nobody new while others give way
-            assert max(s.order for s in self.scheduler.running) < min(s.order for s in preempted)
+            assert max(s.order for s in scheduler.running) < min(s.order for s in preempted)
         # Decoding goes before prefilling, and that before admission.
-        uncomputed = [s.num_uncomputed == 1 for s in kept]
-        assert uncomputed == sorted(uncomputed, reverse=True)
+        decodes = [end[s] == 1 for s in kept]
+        assert decodes == sorted(decodes, reverse=True)
         assert [s for s, _ in scheduled][: len(kept)] == kept
-        if first is not None and first in running:
-            assert first.status is Status.RUNNING  # so that somebody always gets on
-        assert bool(scheduled) == bool(self.alive)
+        scheduler.launched(step)
+        self.in_flight.append(step)
 
-        for seq, n in scheduled:
-            for position in seq.prompt_rows(n):
-                assert position == len(seq.prompt_logprobs) - 1
-                seq.add_prompt_logprob(TokenLogprob(0, -1.0))
-        sampling = [s for s, n in scheduled if s.samples(n)]
-        self.scheduler.update(scheduled)
-        for seq in sampling:
-            assert not seq.wants_prompt_logprobs
-            seq.token_ids.append(token)
-            if seq.num_output >= seq.max_tokens:
-                self.alive.remove(seq)
-                self.scheduler.finish(seq)
+    @precondition(lambda self: self.in_flight)
+    @rule(token=st.integers(0, 2))
+    def collect(self, token: int) -> None:
+        for seq in collect(self.scheduler, self.in_flight.pop(0), token):
+            self.alive.remove(seq)
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def fail(self) -> None:
+        """The oldest step cannot be trusted: all its sequences end, and those of the step after it."""
+        for step in self.in_flight:
+            for seq in step.sequences:
+                if seq.status is not Status.FINISHED:
+                    self.alive.remove(seq)
+                    self.scheduler.finish(seq)
+        self.scheduler.cache.forget_prefixes()
+        self.in_flight.pop(0)
+        self.scheduler.collected()
 
     @invariant()
     def holds(self) -> None:
@@ -110,9 +156,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Everybody ends, and nothing is held then."""
         for _ in range(2000):
-            if not self.alive:
+            if not self.alive and not self.in_flight:
                 break
-            self.step(1)
+            if len(self.in_flight) < 2:
+                self.launch()
+            if self.in_flight:
+                self.collect(1)
         self.holds()
         assert not self.alive
         assert all(p.num_used == 0 for p in self.scheduler.cache.pools.values())
@@ -147,7 +196,7 @@ def test_the_latest_arrival_is_preempted_and_computed_again_with_what_it_said():
     while s.num_preemptions == 0:
         compute(s, token=5)
     assert (a.status, b.status) == (Status.RUNNING, Status.WAITING)
-    assert (b.num_computed, b.row) == (0, -1)
+    assert b.row == -1
     said = b.num_output
     assert said > 0
     while a.status is Status.RUNNING:
@@ -171,14 +220,15 @@ def test_one_that_was_scheduled_already_can_still_be_preempted():
 
 
 def test_what_a_sequence_gives_back_can_be_given_to_another():
-    step = _Step(20, 9)
-    request = Request("r", [0] * 12, SamplingParams(prompt_logprobs=0))
-    seq = Sequence(request, 0, (0,), 8, [0] * 12)
-    step.add(seq, 9)
-    assert (step.tokens, step.rows, step.items) == (11, 0, {seq: 9})
-    step.discard(seq)
-    step.discard(seq)
-    assert (step.tokens, step.rows, step.items) == (20, 9, {})
+    s = scheduler()
+    seq = make(s, 0, [0] * 12, scores=True)
+    assert s.cache.admit(seq)
+    budget = _Budget(s.rows, 20, 9)
+    budget.add(seq, 9)
+    assert (budget.tokens, budget.rows, budget.items) == (11, 0, {seq: 9})
+    budget.discard(seq)
+    budget.discard(seq)
+    assert (budget.tokens, budget.rows, budget.items) == (20, 9, {})
 
 
 def test_a_preempted_sequence_finds_its_own_pages_again():
@@ -191,7 +241,7 @@ def test_a_preempted_sequence_finds_its_own_pages_again():
     compute(s)
     assert s.num_preemptions == 1
     assert s.cache.page_tables["full"].shape == (8, 64)
-    assert b.num_computed == length
+    assert computed(s, b) == length
     assert b.num_cached == 0  # of the prompt, when it first came
 
 
@@ -237,5 +287,70 @@ def test_finishing_takes_a_sequence_from_wherever_it_is():
     compute(s)
     s.finish(b)
     s.finish(a)
-    assert (s.running, s.waiting, s.schedule()) == ([], [], [])
+    assert (s.running, s.waiting, s.schedule()) == ([], [], None)
+    s.check_integrity()
+
+
+def launch(s: Scheduler) -> Step:
+    step = s.schedule()
+    assert step is not None
+    s.launched(step)
+    return step
+
+
+def test_a_pending_token_is_counted_and_found_in_the_last_steps_samples():
+    s = scheduler(tokens=12)
+    a, b = make(s, 0, [1] * 4), make(s, 1, [2] * 10)
+    first = launch(s)
+    assert (first.pending.tolist(), first.samples.tolist()) == ([-1, -1], [True, False])
+    second = launch(s)  # b's chunk ends its prompt
+    assert second.sequences == [a, b]
+    assert (second.num_computed.tolist(), second.pending.tolist(), second.samples.tolist()) == ([4, 8], [0, -1], [True, True])
+    collect(s, first, 7)
+    third = launch(s)
+    assert (third.num_computed.tolist(), third.pending.tolist()) == ([5, 10], [0, 1])
+    collect(s, second, 8)
+    assert (a.token_ids[4:], b.token_ids[10:]) == ([7, 8], [8])
+    s.check_integrity()
+
+
+def test_nothing_is_launched_beyond_the_length_limit():
+    s = scheduler()
+    make(s, 0, [1] * 4, max_tokens=2)
+    steps = [launch(s), launch(s)]
+    assert s.num_launched - s.num_collected == 2
+    collect(s, steps[0])
+    assert s.schedule() is None
+    collect(s, steps[1])
+    assert (s.running, s.cache.pools["full"].num_used) == ([], 0)
+
+
+def test_one_that_was_preempted_in_flight_waits_for_its_token():
+    s = scheduler(pages=4, caching=False)
+    a, b = make(s, 0, [1] * 8), make(s, 1, [2] * 4)
+    flying = launch(s)
+    other = launch(s)  # a takes the last page but none is left for b
+    assert other.sequences == [a]
+    assert (b.status, b.last_step) == (Status.WAITING, 0)
+    collect(s, flying, 5)
+    assert b.token_ids[4:] == [5]
+    s.finish(a)
+    again = launch(s)
+    assert (again.sequences, again.num_new.tolist()) == ([b], [5])
+    collect(s, other)
+    s.check_integrity()
+
+
+def test_a_row_that_was_given_to_another_is_left_alone_when_its_old_step_is_collected():
+    s = scheduler(seqs=1)
+    a, b = make(s, 0, [1] * 9), make(s, 1, [2] * 9)
+    flying = launch(s)
+    s.finish(a)
+    new = launch(s)
+    assert (new.sequences, new.rows.tolist(), new.pending.tolist()) == ([b], flying.rows.tolist(), [-1])
+    collect(s, flying)
+    assert a.token_ids == [1] * 9
+    s.check_integrity()
+    collect(s, new)
+    assert b.token_ids == [2] * 9 + [1]
     s.check_integrity()

@@ -14,9 +14,10 @@ import torch
 
 from ingot.artifacts.artifact import Artifact
 from ingot.ops.errors import IngotError
-from ingot.runtime.batch import Sampled, StepBatch
-from ingot.runtime.engine import Engine, EngineOptions, ExecutorInfo
+from ingot.runtime.batch import Sampled, StepBatch, StepLayout, StepSize
+from ingot.runtime.engine import Engine, EngineOptions
 from ingot.runtime.kv_cache import GroupInfo
+from ingot.runtime.protocol import ExecutorInfo
 from ingot.runtime.sampler import SamplingRows, sample
 from ingot.runtime.tokenizer import Tokenizer
 
@@ -48,23 +49,41 @@ def logprob(token: int, position: int, chosen: int) -> float:
     return float(torch.log_softmax(torch.from_numpy(logits(token, position)).double(), -1)[chosen])
 
 
+class Roll:
+    """A step on its way. The device takes one after another, each for `seconds`."""
+
+    def __init__(self, sampled: Sampled, ready: float) -> None:
+        self.sampled, self.ready = sampled, ready
+
+    def result(self) -> Sampled:
+        time.sleep(max(0.0, self.ready - time.perf_counter()))
+        return self.sampled
+
+
 class RollExecutor:
-    """Steps take `seconds`, as those of a model would."""
+    """Steps take `seconds`, as those of a model would, and are computed beside the engine."""
 
     def __init__(self, max_model_len: int, seconds: float) -> None:
-        self.info = ExecutorInfo({"full": GroupInfo("page", PAGE_SIZE, NUM_PAGES)}, 64, 256, max_model_len, VOCAB)
-        self._seconds = seconds
+        self.info = ExecutorInfo({"full": GroupInfo("page", PAGE_SIZE, NUM_PAGES)}, 64, 256, max_model_len, VOCAB, asynchronous=True)
+        self._layout = StepLayout.of(self.info.groups, 64, max_model_len)
+        self._samples = np.zeros(self._layout.num_samples, np.int32)
+        self._seconds, self._ready = seconds, 0.0
 
-    def step(self, batch: StepBatch) -> Sampled:
-        arrays = batch.arrays
-        if (arrays["input_ids"] == CRASH).any():
+    def batch(self, size: StepSize) -> StepBatch:
+        return StepBatch(self._layout, size)
+
+    def launch(self, batch: StepBatch) -> Roll:
+        ids = batch.input_ids(self._samples)
+        if (ids == CRASH).any():
             os._exit(3)
-        time.sleep(self._seconds)
-        rows = arrays["logits_rows"]
-        values = np.zeros((batch.num_rows, VOCAB), np.float32)
-        for row, t in enumerate(rows):
-            values[row] = logits(int(arrays["input_ids"][t]), int(arrays["positions"][t]))
-        return sample(torch.from_numpy(values), SamplingRows.from_batch(batch)).to_host()
+        values = np.zeros((batch.size.num_rows, VOCAB), np.float32)
+        for row, t in enumerate(batch.arrays["logits_rows"]):
+            values[row] = logits(int(ids[t]), int(batch.arrays["positions"][t]))
+        sampled = sample(torch.from_numpy(values), SamplingRows.from_batch(batch)).to_host()
+        kept = sampled.token_ids[: len(self._samples)]
+        self._samples[: len(kept)] = np.maximum(kept, 0)
+        self._ready = max(self._ready, time.perf_counter()) + self._seconds
+        return Roll(sampled, self._ready)
 
 
 Progress = Callable[[str, float], None]

@@ -1,0 +1,42 @@
+"""Running sequences as a struct of arrays: what scheduling and packing read of all of them in every step. No torch.
+
+A running sequence has a *row*: the row of every page table, its slot in `slot` groups, and its place in these arrays. They
+advance when a step is launched, so that the next one can be scheduled while it runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .records import SAMPLING
+from .request import Sequence
+
+
+class Rows:
+    """One array a fact, int32, by row; of a row that nobody has, garbage."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_prompt = np.zeros(num_rows, np.int32)
+        self.num_tokens = np.zeros(num_rows, np.int32)  # prompt and output, with the pending token
+        self.num_computed = np.zeros(num_rows, np.int32)  # of these, those whose KV the launched steps compute
+        self.num_named = np.zeros(num_rows, np.int32)  # and those whose full pages were given names
+        self.end = np.zeros(num_rows, np.int32)  # tokens that are ever computed: the last of `max_tokens` is never fed back
+        self.room = np.zeros(num_rows, np.int32)  # tokens for which every page group has pages
+        self.launched_in = np.zeros(num_rows, np.int64)  # the last step with this row
+        self.sampled_in = np.zeros(num_rows, np.int64)  # the last step that sampled for it,
+        self.sampled_row = np.zeros(num_rows, np.int32)  # and there the row of logits
+        self.sampling = np.zeros(num_rows, SAMPLING)
+
+    def place(self, seq: Sequence, row: int, num_computed: int) -> None:
+        """Give `row` to `seq`, of whose tokens, all known, the first `num_computed` have their KV."""
+        self.num_prompt[row] = seq.num_prompt
+        self.num_tokens[row] = len(seq.token_ids)
+        self.num_computed[row] = self.num_named[row] = num_computed
+        self.end[row] = seq.num_prompt + seq.max_tokens - 1
+        self.room[row] = num_computed
+        self.launched_in[row] = self.sampled_in[row] = -1
+        self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
+
+    def uncomputed(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens that are still to be computed of each of `rows`: 0 when only the last one's value is awaited."""
+        return np.minimum(self.num_tokens[rows], self.end[rows]) - self.num_computed[rows]

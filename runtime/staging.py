@@ -1,0 +1,74 @@
+"""How a step gets to its device: one copy from page-locked memory, two small launches, nothing waited for."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+
+from .batch import StepBatch, StepLayout, StepSize
+
+_BUFFERS = 3
+"""Host buffers in rotation: one is packed while the steps before it may still be copied."""
+_KEPT = 64
+"""Batches whose views are kept; steps of a size seen before cost no views."""
+
+
+class Staging:
+    """The host's buffers, and what kernels read: the step's buffer, `input_ids` [T] and full page tables [S, P] by group.
+
+    In memory the last step's samples come before the step's buffer: `token_sources` are indices into both.
+    """
+
+    def __init__(self, layout: StepLayout, largest: StepSize, device: torch.device) -> None:
+        self._layout = layout
+        length, cuda = layout.length(largest), device.type == "cuda"
+        self._host = [torch.zeros(length, dtype=torch.int32, pin_memory=cuda) for _ in range(_BUFFERS if cuda else 1)]
+        self._copied = [torch.cuda.Event() for _ in self._host] if cuda else []
+        self._slot = 0
+        self._batches: OrderedDict[tuple[int, StepSize], StepBatch] = OrderedDict()
+        self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
+        self.buffer = self._memory[layout.num_samples :]
+        self._input_ids = torch.zeros(largest.num_tokens, dtype=torch.int32, device=device)
+        self._page_tables = {f"page_table_{g}": torch.zeros(largest.num_seqs, p, dtype=torch.int32, device=device) for g, _, p in layout.page_groups}
+
+    def batch(self, size: StepSize, padded: StepSize) -> StepBatch:
+        """A batch in the next host buffer; waits only if that one has not been copied yet."""
+        self._slot = (self._slot + 1) % len(self._host)
+        if self._copied:
+            self._copied[self._slot].synchronize()
+        key = (self._slot, padded)
+        if key in self._batches:
+            self._batches.move_to_end(key)
+            self._batches[key].reset(size)
+        else:
+            self._batches[key] = StepBatch(self._layout, size, padded, self._host[self._slot].numpy())
+            if len(self._batches) > _KEPT:
+                self._batches.popitem(last=False)
+        return self._batches[key]
+
+    def upload(self, batch: StepBatch) -> None:
+        """Enqueue the copy of the batch that `batch` returned last, and make input ids and page tables of it."""
+        self.buffer[: batch.buffer.size].copy_(self._host[self._slot][: batch.buffer.size], non_blocking=True)
+        if self._copied:
+            self._copied[self._slot].record()
+        torch.index_select(self._memory, 0, self._view(batch, "token_sources"), out=self._input_ids[: batch.padded.num_tokens])
+        for name, table in self._page_tables.items():
+            num_seqs, columns = batch.fields[name].shape
+            table[:num_seqs, :columns].copy_(self._view(batch, name).view(num_seqs, columns))
+
+    def _view(self, batch: StepBatch, name: str) -> torch.Tensor:
+        field = batch.fields[name]
+        return self.buffer[field.offset : field.offset + math.prod(field.shape)]
+
+    def inputs(self, size: StepSize) -> dict[str, torch.Tensor]:
+        """Where a plan reads a step padded to `size`; T, S and R decide."""
+        fields = self._layout.fields(size)
+        views = {name: self.buffer[f.offset : f.offset + math.prod(f.shape)] for name, f in fields.items()}
+        return views | self._page_tables | {"input_ids": self._input_ids}
+
+    def keep(self, token_ids: torch.Tensor) -> None:
+        """Keep a step's samples [R] for the next one; where logits were not finite 0, a token like any other, stands for −1."""
+        samples = token_ids[: self._layout.num_samples]
+        torch.clamp(samples, min=0, out=self._memory[: samples.numel()])
