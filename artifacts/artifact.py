@@ -5,7 +5,7 @@ plans/<name>.json  one per variant
 checks.json        what the numeric gate compares
 kernels/<name>.so or .cubin, with the generated source beside it
 weights.bin        packed tensors at multiples of 4096 bytes, hashed by chunk
-tokenizer/…, config.json
+tokenizer/…, config.json, inputs.json
 """
 
 from __future__ import annotations

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import tempfile
 import time
@@ -19,6 +16,7 @@ import torch
 import ingot.ops.library  # noqa: F401  (registers the library claims)
 from ingot.artifacts.artifact import ArtifactWriter
 from ingot.artifacts.check import CHECKS
+from ingot.artifacts.difference import INPUTS
 from ingot.artifacts.gate_record import DEFERRED, passed
 from ingot.artifacts.manifest import Group, ModelInfo, Options, State
 from ingot.artifacts.plan import Variant
@@ -32,6 +30,7 @@ from ingot.ops.errors import IngotError
 from ingot.ops.target import Target, here, resolve
 
 from .codegen.emit import Emitter
+from .inputs import Inputs, inputs_of
 from .pipeline import count, lower
 from .plan import dtype_name, plan
 from .quantization import choose_online, num_elements, quantize_weights
@@ -85,15 +84,15 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
     start = time.perf_counter()
     job = _Job.prepare(model, options)
     store = Store(settings().home)
-    found = store.find(job.key)
+    found = store.find(job.inputs.key)
     if found is None:
-        with store.building(job.key, waiting=lambda: progress("waiting for another compiler of the same model", 0.0)) as writer:
+        with store.building(job.inputs.key, waiting=lambda: progress("waiting for another compiler of the same model", 0.0)) as writer:
             if writer is not None:  # None: the other compiler finished it
                 job.build(writer, store, progress, start)
-    artifact = store.open(job.key)
+    artifact = store.open(job.inputs.key)
     if output is not None:
-        store.copy_out(job.key, output)
-    return BuildReport(output or artifact.root, job.key, found is not None, artifact.manifest.report)
+        store.copy_out(job.inputs.key, output)
+    return BuildReport(output or artifact.root, job.inputs.key, found is not None, artifact.manifest.report)
 
 
 @dataclass
@@ -105,7 +104,7 @@ class _Job:
     options: Options
     dtype: torch.dtype
     checkpoint: Checkpoint | None
-    key_inputs: dict[str, str]
+    inputs: Inputs
     defer_gate: bool
 
     @classmethod
@@ -142,21 +141,7 @@ class _Job:
             raise CompileError(f"--max-num-batched-tokens {resolved.max_num_batched_tokens} is less than --max-num-seqs {resolved.max_num_seqs}: "
                                "a decode step takes a token of every sequence")  # fmt: skip
         checkpoint = None if options.dummy_weights else Checkpoint.open(found.folder)
-        inputs = {
-            "model": found.name,
-            "config": _sha(config.to_json_string()),
-            "generation_config": _sha(json.dumps(found.generation_config, sort_keys=True)),
-            "checkpoint": "seed 0" if checkpoint is None else checkpoint.fingerprint(),
-            "tokenizer": _sha(b"".join(f.read_bytes() for f in sorted(found.tokenizer_files))),
-            "target": str(target),
-            "options": json.dumps(msgspec.to_builtins(resolved), sort_keys=True),
-            "compiler": _compiler_fingerprint(),
-        }
-        return cls(found, target, resolved, dtype, checkpoint, inputs, options.defer_gate)
-
-    @property
-    def key(self) -> str:
-        return _sha(json.dumps(self.key_inputs, sort_keys=True))
+        return cls(found, target, resolved, dtype, checkpoint, inputs_of(found, checkpoint, target, resolved), options.defer_gate)
 
     def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> None:
         seconds: dict[str, float] = {}
@@ -195,7 +180,7 @@ class _Job:
             writer.add_file(CHECKS, msgspec.json.format(msgspec.json.encode([c for c in selection.checks if used.issuperset(c.kernels)]), indent=1))
         done("plan")
         progress("pack weights", 0.0)
-        known = store.same_weights(self.key_inputs["checkpoint"], described(graph, self.checkpoint))
+        known = store.same_weights(self.inputs.short["checkpoint"], described(graph, self.checkpoint))
         if known is not None:
             writer.reuse_weights(known)
         speed = 0.0 if known is not None else pack(graph, self.checkpoint, writer, lambda f: progress("pack weights", f))
@@ -203,6 +188,7 @@ class _Job:
         for file in self.source.tokenizer_files:
             writer.add_file(f"tokenizer/{file.name}", file.read_bytes())
         writer.add_file("config.json", self.source.config.to_json_string().encode())
+        writer.add_file(INPUTS, json.dumps(self.inputs.long, indent=1).encode())
         report = {
             "nodes": list(counts.items()),  # pairs: a dictionary of the manifest is sorted, and the order of passes says something
             "calls": count(graph),
@@ -216,8 +202,8 @@ class _Job:
             "seconds": seconds | {"total": round(time.perf_counter() - start, 3)},
         }
         writer.finish(
-            key=self.key,
-            key_inputs=self.key_inputs,
+            key=self.inputs.key,
+            key_inputs=self.inputs.short,
             target=self.target,
             model=self._model_info(graph),
             options=self.options,
@@ -290,22 +276,3 @@ def _product(shape: Iterable[int]) -> int:
     for n in shape:
         result *= n
     return result
-
-
-def _sha(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
-
-
-def _compiler_fingerprint() -> str:
-    """Changes with anything that could change the artifact: our own sources, and the libraries that trace and generate."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent.parent
-    for package in ("ops", "compiler", "models", "artifacts"):
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers", "triton", "apache-tvm") if _installed(p)]
-    return f"{digest.hexdigest()[:16]} {', '.join(versions)}"
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec({"apache-tvm": "tvm"}.get(package, package)) is not None

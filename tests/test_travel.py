@@ -15,6 +15,7 @@ import pytest
 from ingot.artifacts import gate
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.check import describe, read_checks
+from ingot.artifacts.difference import differences
 from ingot.artifacts.files import ArtifactError
 from ingot.artifacts.gate import run
 from ingot.artifacts.gate_record import DEFERRED, GateError, GateRecord, path_of, verdicts
@@ -121,6 +122,14 @@ def test_kernels_from_the_cache_give_the_same_artifact(deferred: Artifact, home:
     built = compile_model(str(model), CompileOptions(target="x86-64-v3", defer_gate=True, **SMALL))
     assert (built.hit, built.report["kernels_compiled"]) == (False, 0)
     assert Artifact.open(built.path).manifest.digest == first.digest
+
+
+def test_two_keys_can_be_compared(deferred: Artifact, cubins: Artifact) -> None:
+    found = differences(deferred, cubins)
+    assert found["target"] == ["cpu/x86-64:avx2+fma → cuda/sm_90"]
+    assert found["options"] == ['dtype: "float32" → "bfloat16"', 'kv_cache_dtype: "float32" → "bfloat16"', "max_num_batched_tokens: 2 → 1"]
+    assert [line.partition(":")[0] for line in found["compiler"]] == ["cc"]
+    assert found.keys() == {"target", "options", "compiler"}
 
 
 def test_the_deferred_gate_is_the_compilers(deferred: Artifact, home: Path) -> None:

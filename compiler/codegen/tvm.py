@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -36,9 +37,18 @@ def llvm_target(target: Target) -> dict[str, Any]:
     return {"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": "x86-64-v3", "mattr": attributes, "fast-math-contract": True}
 
 
+@functools.cache
+def c_compiler() -> str:
+    """The C compiler that links kernels, by name and version. CodegenError when there is none."""
+    try:
+        return subprocess.run(["cc", "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    except FileNotFoundError as error:
+        raise CodegenError("compiling for a CPU needs a C compiler to link kernels: install gcc or clang, so that `cc` is on the path") from error
+
+
 def kernel_name(source: Source, target: Target) -> str:
     """`<family>_<hash>` of all that the shared object depends on."""
-    inputs = [source.symbol, source.text, target.isa, importlib.metadata.version("apache-tvm"), _LAUNCHER.read_text()]
+    inputs = [source.symbol, source.text, target.isa, importlib.metadata.version("apache-tvm"), _LAUNCHER.read_text(), c_compiler()]
     return f"{source.family}_{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]}"
 
 

@@ -12,21 +12,34 @@ import msgspec
 import typer
 
 from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.difference import differences
 from ingot.artifacts.gate_record import verdicts
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
 
 
 def inspect_command(
-    artifact: Annotated[str, typer.Argument(help="An artifact's folder or key.")],
+    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help="An artifact's folder or key; two with --why.")],
+    why: Annotated[bool, typer.Option("--why", help="Say what differs between two artifacts, input by input of their keys.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show an artifact: model, target, options, KV cache, variants, kernels and why they were chosen, sizes."""
-    description = describe(Store(settings().home).open(artifact))
+    if len(artifacts) != (2 if why else 1):
+        raise typer.BadParameter("give two artifacts with --why, and one without", param_hint="ARTIFACT")
+    store = Store(settings().home)
+    if why:
+        found = differences(*(store.open(a) for a in artifacts))
+        print(json.dumps(found) if as_json else _told(found))
+        return
+    description = describe(store.open(artifacts[0]))
     if as_json:
         print(json.dumps(description))
     else:
         _print(description)
+
+
+def _told(found: dict[str, list[str]]) -> str:
+    return "\n".join(f"{name}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{name}:", *lines]) for name, lines in found.items()) or "nothing differs"
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
