@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
-from ingot.runtime.batch import StepBatch
+from ingot.runtime.batch import StepBatch, StepSize
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
 
@@ -28,15 +28,16 @@ REPEATS = 5
 
 def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> StepBatch:
     """`num_seqs` sequences of `context` cached and `num_new` new tokens; the last token of each samples."""
-    batch = StepBatch(executor.layout, num_seqs * num_new, num_seqs, num_seqs)
-    arrays, length = batch.arrays, context + num_new
+    length = context + num_new
+    size = StepSize(num_seqs * num_new, num_seqs, num_seqs, length)
+    batch = executor.batch(size)
+    arrays = {name: array[: size[batch.fields[name].axis]] for name, array in batch.arrays.items()}
     generator = torch.Generator().manual_seed(0)
-    arrays["input_ids"][:] = torch.randint(0, executor.info.vocab_size, (num_seqs * num_new,), generator=generator).numpy()
-    arrays["cu_seqlens_q"][:] = range(0, num_seqs * num_new + 1, num_new)
+    arrays["token_ids"][:] = torch.randint(0, executor.info.vocab_size, (num_seqs * num_new,), generator=generator).numpy()
+    batch.arrays["cu_seqlens_q"][: num_seqs + 1] = range(0, num_seqs * num_new + 1, num_new)
     arrays["seq_lens"][:] = length
     arrays["logits_rows"][:] = range(num_new - 1, num_seqs * num_new, num_new)
-    arrays["top_p"][:] = 1
-    for group, _ in executor.layout.page_groups:
+    for group, _, _ in executor.layout.page_groups:
         info = executor.info.groups[group]
         size, used = info.page_size, -(-length // info.page_size)
         pages = torch.randperm(info.num_units, generator=generator)[: num_seqs * used].view(num_seqs, used)

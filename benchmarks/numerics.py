@@ -22,7 +22,7 @@ from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.settings import settings
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.models.source import BUNDLED
-from ingot.runtime.batch import TOKENS, StepLayout, StepSize
+from ingot.runtime.batch import StepLayout, StepSize
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
 
@@ -58,7 +58,6 @@ def run(executor: Executor, layout: StepLayout, prompts: list[list[int]], chunks
         batch = executor.batch(size)
         arrays, at = batch.arrays, 0
         arrays["logits_rows"][:tokens] = range(tokens)
-        arrays["token_sources"][:tokens] = range(layout.num_samples + TOKENS, layout.num_samples + TOKENS + tokens)
         for i, s in enumerate(active):
             n, begin = sizes[s], done[s]
             positions = list(range(begin, begin + n))

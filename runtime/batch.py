@@ -101,7 +101,7 @@ class StepBatch:
     `token_sources` [T] of the last step's samples [num_samples] with this buffer behind them; `token_ids` [T] are those that are known.
 
     What padding adds has no effect: sequences with seq_len 0, slot −1 and one token of id 0 while there are tokens left to
-    give, and rows that are greedy over row 0. It is there from the start; the rest is garbage until it is packed.
+    give, and rows that are greedy over row 0. It is there from the start, and all tokens are known; the rest is garbage until it is packed.
     """
 
     def __init__(self, layout: StepLayout, size: StepSize, padded: StepSize | None = None, buffer: np.ndarray | None = None) -> None:
@@ -120,12 +120,13 @@ class StepBatch:
         self.size = size
         self.buffer[:TOKENS] = 0
         self.buffer[:_HEADER] = *size, *self.padded[:3]
+        (T, S, _, _), first = size, self.layout.num_samples + TOKENS
+        self.arrays["token_sources"][:T] = np.arange(first, first + T)
         starts = self.arrays["cu_seqlens_q"]
         starts[0] = 0
         if size == self.padded:
             return
-        (T, S, _, _), num_tokens = size, self.padded.num_tokens
-        starts[S:] = np.minimum(np.arange(T, T + len(starts) - S), num_tokens)
+        starts[S:] = np.minimum(np.arange(T, T + len(starts) - S), self.padded.num_tokens)
         for name, field in self.fields.items():
             if field.padding is not None:
                 self.arrays[name][size[field.axis] :] = field.padding
@@ -140,9 +141,11 @@ class StepBatch:
     @classmethod
     def from_bytes(cls, layout: StepLayout, data: bytes) -> StepBatch:
         """The batch that `to_bytes` wrote in a process with the same layout."""
-        buffer = np.frombuffer(bytearray(data), np.int32)  # of our own, to be written to and wrapped in a tensor
+        buffer = np.frombuffer(data, np.int32)
         T, S, R, longest, *padded = map(int, buffer[:_HEADER])
-        return cls(layout, StepSize(T, S, R, longest), StepSize(padded[0], padded[1], padded[2], longest), buffer)
+        batch = cls(layout, StepSize(T, S, R, longest), StepSize(padded[0], padded[1], padded[2], longest))
+        batch.buffer[:] = buffer
+        return batch
 
 
 def size_of(step: Step) -> StepSize:
@@ -175,11 +178,8 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
 
 def _pack_tokens(step: Step, batch: StepBatch, ends: np.ndarray) -> None:
     """Tokens that the host knows, and for the others the row of the last step's samples."""
-    T, sources = batch.size.num_tokens, batch.arrays["token_sources"]
-    first = batch.layout.num_samples + TOKENS
-    sources[:T] = np.arange(first, first + T)
-    pending = step.pending >= 0
-    sources[ends[pending] - 1] = step.pending[pending]
+    T, pending = batch.size.num_tokens, step.pending >= 0
+    batch.arrays["token_sources"][ends[pending] - 1] = step.pending[pending]
     known = np.flatnonzero(~pending).tolist()
     if known:
         spans = [(step.sequences[i].token_ids, c, n) for i, c, n in zip(known, step.num_computed[known].tolist(), step.num_new[known].tolist(), strict=True)]
