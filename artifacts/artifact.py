@@ -24,7 +24,7 @@ from ingot.ops.target import Target
 
 from .chunks import Progress, check_chunks, map_file
 from .files import AGAIN, ArtifactError, check_relative, flush, link, read, writing
-from .manifest import KV_LAYOUT, MANIFEST, SCHEMA_VERSION, WEIGHTS, Group, Manifest, ModelInfo, Options, State, WeightTensor, check_key, decode, encode, seal
+from .manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, Group, Manifest, ModelInfo, Options, State, WeightTensor, check_key, decode, encode, kv_layout, seal
 from .plan import Kernel, Variant
 from .settings import settings
 
@@ -161,7 +161,7 @@ class ArtifactWriter:
         tensors, chunks = self._weights
         manifest = seal(Manifest(
             schema_version=SCHEMA_VERSION, ingot_version=version("ingot"), key=key, digest="", key_inputs=key_inputs, target=target, model=model,
-            options=options, kv_layout=KV_LAYOUT, groups=groups, states=states, weights=tensors, weight_chunks=chunks,
+            options=options, kv_layout=kv_layout(states), groups=groups, states=states, weights=tensors, weight_chunks=chunks,
             variants=tuple(self._variants), kernels=tuple(self._kernels), files=self._files, report=report, report_digest="",
         ))  # fmt: skip
         data = encode(manifest)

@@ -12,6 +12,7 @@ from ingot.ops import OPS
 from ingot.ops.dims import evaluate
 from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor
 from ingot.ops.library import CALLS
+from ingot.ops.quantize import LARGEST
 from ingot.ops.random_inputs import random_inputs, step_sizes
 from ingot.ops.target import check_runs_here, here
 
@@ -115,7 +116,7 @@ def _poisoned(tensor: Tensor, sizes: dict[str, int], device: torch.device) -> to
 def error(call: Call, inputs: dict[str, Any], outputs: list[torch.Tensor], before: dict[str, torch.Tensor]) -> float:
     """Largest relative error of outputs and states against the reference in float32; `before`: the states as they were."""
     changed = states(call)
-    exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v for n, v in {**inputs, **before}.items()}
+    exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE else v for n, v in {**inputs, **before}.items()}
     exact = {n: v.clone() if n in changed else v for n, v in exact.items()}
     expected = (OPS[call.op].reference if call.region is None else call.region)(*exact.values())
     expected = list(expected) if isinstance(expected, tuple) else [] if expected is None else [expected]
@@ -125,11 +126,16 @@ def error(call: Call, inputs: dict[str, Any], outputs: list[torch.Tensor], befor
 
 def states(call: Call) -> tuple[str, ...]:
     """The arguments that a call changes."""
-    return OPS[call.op].states if call.region is None else ()
+    return tuple(s for s in OPS[call.op].states if call.args[s] is not None) if call.region is None else ()
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖a − b‖ / ‖b‖ over the elements where b is finite; infinite when a is not finite at exactly these."""
+    """‖a − b‖ / ‖b‖ over the elements where b is finite; infinite when a is not finite at exactly these.
+
+    Indices must be equal; quantized values may fall on either side of a rounding.
+    """
+    if actual.dtype in LARGEST:
+        actual, expected = actual.float(), expected.float()
     if not actual.dtype.is_floating_point:
         return 0.0 if torch.equal(actual.long(), expected.long()) else float("inf")
     finite = torch.isfinite(expected)

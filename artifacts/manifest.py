@@ -15,8 +15,6 @@ from .files import AGAIN, ArtifactError, check_relative
 from .plan import Kernel
 
 SCHEMA_VERSION = 2
-KV_LAYOUT = "page:N,K,page_size,E/1"
-"""Identifies how KV pages lie in memory, so that pages can be exchanged only between equals."""
 CHUNK_BYTES = 64 << 20
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
@@ -104,6 +102,13 @@ class Manifest(msgspec.Struct, frozen=True):
     def weight_bytes(self) -> int:
         """The size of weights.bin."""
         return max((w.offset + w.nbytes for w in self.weights if w.offset >= 0), default=0)
+
+
+def kv_layout(states: tuple[State, ...]) -> str:
+    """Identifies how KV pages lie in memory, so that pages can be exchanged only between equals: "page:N,K,page_size,E/1 bfloat16", or with scales."""
+    caches = "/".join(sorted({s.dtype for s in states if "_cache_" in s.name}))
+    scales = sorted({s.dtype for s in states if "_scale_" in s.name})
+    return f"page:N,K,page_size,E/1 {caches}" + (f", scales N,K,page_size {scales[0]}" if scales else "")
 
 
 def encode(manifest: Manifest) -> bytes:

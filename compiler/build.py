@@ -39,6 +39,7 @@ from .variants import VariantSpec, page_size, variants
 from .weights import bind, described, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class CompileError(IngotError):
@@ -121,8 +122,10 @@ class _Job:
             raise CompileError("--quantize-exclude names weights that --quantize leaves alone; give --quantize too")
         if options.deterministic:
             raise CompileError("--deterministic is not available yet: reduction orders depend on the kernels that a step's size selects; compile without it")
-        if options.kv_cache_dtype not in ("auto", options.dtype, *DTYPES):
-            raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype} is unknown: use auto, {', '.join(DTYPES)}")
+        if options.kv_cache_dtype not in ("auto", *KV_DTYPES):
+            raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype} is unknown: use auto, {', '.join(KV_DTYPES)}")
+        if options.kv_cache_dtype == "fp8" and target.kind == "cuda" and target.arch < 89:
+            raise CompileError(f"--kv-cache-dtype fp8 needs sm_89 or newer, whose instructions convert it, and the target is {target}: use int8")
         dtype = _dtype(options.dtype, config, target)
         kv_dtype = dtype_name(dtype) if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
         _check_admitted(config)
@@ -152,7 +155,7 @@ class _Job:
         dump = settings().dump
         done("prepare")
         progress("trace", 0.0)
-        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
+        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
         if self.options.quantize != "none":
             traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
         traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here

@@ -14,7 +14,7 @@ from ingot.artifacts.eager import constant
 from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.ops import Graph, GraphError
 from ingot.ops.dims import Dim, evaluate
-from ingot.ops.graph import Region, consumed, op_of, target_name
+from ingot.ops.graph import Region, op_of, states_of, target_name
 from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor
 
 ALIGNMENT = 256
@@ -137,14 +137,15 @@ class _Planner:
     def _outputs(self, node: fx.Node, fake: Any) -> list[str]:
         """Arena values for the results; a state that comes back is the state that went in."""
         results = list(fake) if isinstance(fake, (tuple, list)) else [fake]
-        states = [self.holds[node.args[i]] for i in consumed(node)]
+        given = states_of(node)
+        states = [None if n is None else self.holds[n] for n in given]
         names, fakes = [], []
         for i, result in enumerate(results[: len(results) - len(states)]):
             name = self.fresh(node.name if len(results) == 1 else f"{node.name}.{i}", result.dtype, tuple(self.graph.dim(s) for s in result.shape))
             names.append(name)
             with self.graph.fake_mode:
                 fakes.append(torch.empty(result.shape, dtype=result.dtype))
-        held, fake_held = [*names, *states], [*fakes, *(self.fakes[node.args[i]] for i in consumed(node))]
+        held, fake_held = [*names, *states], [*fakes, *(None if n is None else self.fakes[n] for n in given)]
         single = not isinstance(fake, (tuple, list))
         self.holds[node], self.fakes[node] = (held[0], fake_held[0]) if single else (held, fake_held)
         return names

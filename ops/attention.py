@@ -5,6 +5,10 @@ T tokens of S sequences, packed; H query heads, K kv heads, E head dim of q and 
 each sequence; `seq_lens` [S] counts cached plus new tokens (0: a padding row, whose output is zero); `page_table` [S, P]
 lists each sequence's pages; `slot_mapping` [T] is page · page_size + offset of each new token (−1: do not write).
 Prefill, chunked prefill, decode and verification are this one path.
+
+A quantized cache (`ops.quantize.LARGEST` lists the dtypes) has a scale for each head and token beside it: `k_scale` and `v_scale`, float32
+[N, K, page_size], with cached value · scale = k or v. The scale is chosen when a token is written, from its own largest element, or is the
+one that a calibrated checkpoint brings for the layer (`k_static`, `v_static`, float32 [1] or [K]).
 """
 
 from __future__ import annotations
@@ -13,26 +17,35 @@ import torch
 
 from .dialect import op
 from .norm import rms_norm
+from .quantize import quantize
 from .rotary import rope
 
 
-@op("kv_write(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) -> (Tensor, Tensor)",
-    fake=lambda k, v, k_cache, v_cache, slot_mapping: None, states=("k_cache", "v_cache"), host_sync=True)  # fmt: skip
-def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Store k [T, K, E] and v [T, K, F] at their slots."""
+@op("kv_write(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, Tensor? k_scale=None, Tensor? v_scale=None, "
+    "Tensor? k_static=None, Tensor? v_static=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda k, *rest: None, states=("k_cache", "v_cache", "k_scale", "v_scale"), host_sync=True)  # fmt: skip
+def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor,
+             k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+             k_static: torch.Tensor | None = None, v_static: torch.Tensor | None = None) -> None:  # fmt: skip
+    """Store k [T, K, E] and v [T, K, F] at their slots, quantized head by head where the caches have scales."""
     page_size = k_cache.shape[2]
     rows = (slot_mapping >= 0).nonzero().flatten()
     slots = slot_mapping[rows].long()
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        cache[slots // page_size, :, slots % page_size] = new[rows].to(cache.dtype)
+    for new, cache, scale, static in ((k, k_cache, k_scale, k_static), (v, v_cache, v_scale, v_static)):
+        values = new[rows]
+        if scale is not None:
+            values, scales = quantize(values, cache.dtype, static)
+            scale[slots // page_size, :, slots % page_size] = scales
+        cache[slots // page_size, :, slots % page_size] = values.to(cache.dtype)
 
 
 @op("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor page_table, Tensor? sinks, "
-    "Tensor? alibi_slopes, float scale, int window=0, int chunk=0, float softcap=0.0) -> Tensor",
+    "Tensor? alibi_slopes, float scale, int window=0, int chunk=0, float softcap=0.0, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     fake=lambda q, k_cache, v_cache, *rest: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]), host_sync=True)  # fmt: skip
 def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
                     page_table: torch.Tensor, sinks: torch.Tensor | None, alibi_slopes: torch.Tensor | None, scale: float,
-                    window: int = 0, chunk: int = 0, softcap: float = 0.0) -> torch.Tensor:  # fmt: skip
+                    window: int = 0, chunk: int = 0, softcap: float = 0.0, k_scale: torch.Tensor | None = None,
+                    v_scale: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """Causal softmax(scale · q kᵀ) v of q [T, H, E] over each sequence's pages → [T, H, F]; softmax in float32.
 
     `window` w > 0 sees the last w positions only; `chunk` c > 0 only positions of the same block of c; `softcap` s > 0
@@ -48,8 +61,8 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         if length == 0 or begin == end:
             continue
         pages = page_table[s, : -(-length // page_size)].long()
-        k, v = (c[pages].transpose(1, 2).reshape(-1, c.shape[1], c.shape[3])[:length].repeat_interleave(group, 1) for c in (k_cache, v_cache))
-        scores = torch.einsum("qhe,khe->hqk", q[begin:end].float(), k.float()) * scale
+        k, v = (_cached(c, c_scale, pages, length).repeat_interleave(group, 1) for c, c_scale in ((k_cache, k_scale), (v_cache, v_scale)))
+        scores = torch.einsum("qhe,khe->hqk", q[begin:end].float(), k) * scale
         if softcap > 0:
             scores = torch.tanh(scores / softcap) * softcap
         q_pos = torch.arange(length - (end - begin), length, device=q.device)[:, None]
@@ -65,17 +78,27 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         if sinks is not None:
             scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)], -1)
         probabilities = scores.softmax(-1)[..., :length]
-        out[begin:end] = torch.einsum("hqk,khf->qhf", probabilities, v.float()).to(q.dtype)
+        out[begin:end] = torch.einsum("hqk,khf->qhf", probabilities, v).to(q.dtype)
     return out
 
 
+def _cached(cache: torch.Tensor, scale: torch.Tensor | None, pages: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens on `pages`, float32 [length, K, E or F]."""
+    values = cache[pages].float()
+    if scale is not None:
+        values = values * scale[pages].unsqueeze(-1)
+    return values.transpose(1, 2).flatten(0, 1)[:length]
+
+
 @op("qkv_rope_kv_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "
-    "int num_heads, int num_kv_heads, str style, float eps=0.0, float offset=0.0) -> (Tensor, Tensor, Tensor)",
+    "int num_heads, int num_kv_heads, str style, float eps=0.0, float offset=0.0, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_static=None, "
+    "Tensor? v_static=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda qkv, cos, sin, qw, kw, k_cache, v_cache, slots, num_heads, *rest: qkv.new_empty(qkv.shape[0], num_heads, k_cache.shape[3]),
-    states=("k_cache", "v_cache"), host_sync=True)  # fmt: skip
+    states=("k_cache", "v_cache", "k_scale", "v_scale"), host_sync=True)  # fmt: skip
 def qkv_rope_kv_write(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                       k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, num_heads: int, num_kv_heads: int,
-                      style: str, eps: float = 0.0, offset: float = 0.0) -> torch.Tensor:  # fmt: skip
+                      style: str, eps: float = 0.0, offset: float = 0.0, k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+                      k_static: torch.Tensor | None = None, v_static: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """qkv [T, H·E + K·E + K·F] → rotated q [T, H, E]; rotated k and v go to their slots.
 
     With `q_weight` [E] and `k_weight` [E], q and k are RMS-normalized per head first (Qwen3, Gemma 3). `style` as in `rope`.
@@ -87,20 +110,23 @@ def qkv_rope_kv_write(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q
         q = rms_norm(q, q_weight, eps, offset)
     if k_weight is not None:
         k = rms_norm(k, k_weight, eps, offset)
-    kv_write(rope(k, cos, sin, style), v, k_cache, v_cache, slot_mapping)
+    kv_write(rope(k, cos, sin, style), v, k_cache, v_cache, slot_mapping, k_scale, v_scale, k_static, v_static)
     return rope(q, cos, sin, style)
 
 
 @op("qkv_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "
     "Tensor cu_seqlens_q, Tensor seq_lens, Tensor page_table, Tensor? sinks, int num_heads, int num_kv_heads, str style, float eps, float offset, "
-    "float scale, int window=0, int chunk=0, float softcap=0.0) -> (Tensor, Tensor, Tensor)",
+    "float scale, int window=0, int chunk=0, float softcap=0.0, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_static=None, "
+    "Tensor? v_static=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda qkv, cos, sin, qw, kw, k_cache, v_cache, slots, cu, lens, table, sinks, num_heads, *rest: qkv.new_empty(
         qkv.shape[0], num_heads, v_cache.shape[3]),
-    states=("k_cache", "v_cache"), host_sync=True)  # fmt: skip
+    states=("k_cache", "v_cache", "k_scale", "v_scale"), host_sync=True)  # fmt: skip
 def qkv_attention(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
                   k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
                   page_table: torch.Tensor, sinks: torch.Tensor | None, num_heads: int, num_kv_heads: int, style: str, eps: float, offset: float,
-                  scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0) -> torch.Tensor:  # fmt: skip
+                  scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0, k_scale: torch.Tensor | None = None,
+                  v_scale: torch.Tensor | None = None, k_static: torch.Tensor | None = None, v_static: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """`qkv_rope_kv_write`, then `paged_attention` of its queries → [T, H, F]."""
-    q = qkv_rope_kv_write(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, style, eps, offset)
-    return paged_attention(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, sinks, None, scale, window, chunk, softcap)
+    q = qkv_rope_kv_write(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slot_mapping, num_heads, num_kv_heads, style, eps, offset,
+                          k_scale, v_scale, k_static, v_static)  # fmt: skip
+    return paged_attention(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, sinks, None, scale, window, chunk, softcap, k_scale, v_scale)

@@ -21,7 +21,7 @@ OPS: dict[str, Op] = {}
 
 @dataclass(frozen=True)
 class Op:
-    """One op. `states` names the arguments that are consumed and returned, last, in this order."""
+    """One op. `states` names the arguments that are consumed and returned, last, in this order; one that a call leaves out (None) comes back empty."""
 
     name: str
     schema: str
@@ -65,15 +65,18 @@ def op(
             result = (*head, *new_states)
             return result[0] if len(result) == 1 else result
 
+        def absent(bound: list[Any]) -> torch.Tensor:
+            return bound[0].new_empty(0)  # type: ignore[no-any-return]
+
         def impl(*args: Any, **kwargs: Any) -> Any:
             bound = _bind(spec, args, kwargs)
             for i in indices:
-                bound[i] = bound[i].clone()
-            return with_states(reference(*bound), [bound[i] for i in indices])
+                bound[i] = bound[i] if bound[i] is None else bound[i].clone()
+            return with_states(reference(*bound), [absent(bound) if bound[i] is None else bound[i] for i in indices])
 
         def fake_impl(*args: Any, **kwargs: Any) -> Any:
             bound = _bind(spec, args, kwargs)
-            return with_states(fake(*bound), [torch.empty_like(bound[i]) for i in indices])
+            return with_states(fake(*bound), [absent(bound) if bound[i] is None else torch.empty_like(bound[i]) for i in indices])
 
         _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ingot::{name}", fake_impl, lib=_LIBRARY)

@@ -37,7 +37,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A tensor that outlives the step. `kind`: "page" has shape [N, heads, page_size, dim], "slot" [slots, *shape]."""
+    """A tensor that outlives the step. `kind`: "page" has shape [N, heads, page_size, …], "slot" [slots, *shape]."""
 
     group: str  # "full", "window<w>", "slot", …: sequences share one page table (or slot) per group
     kind: str
@@ -308,17 +308,23 @@ class Graph:
 
 
 def consumed(node: fx.Node) -> list[int]:
-    """Indices of the arguments that a node consumes: its states."""
+    """Indices of the arguments that a node consumes: the states that it is given."""
+    return [node.args.index(state) for state in states_of(node) if state is not None]
+
+
+def states_of(node: fx.Node) -> list[fx.Node | None]:
+    """The states that a node takes, in the order of its op's; None for one that it leaves out."""
     spec = op_of(node)
-    return [] if spec is None else [spec.arguments.index(s) for s in spec.states]
+    indices = [] if spec is None else [spec.arguments.index(s) for s in spec.states]
+    return [node.args[i] if i < len(node.args) else None for i in indices]  # type: ignore[misc]
 
 
 def new_version(writer: fx.Node, index: int) -> fx.Node:
     """The node that holds the state which `writer` returns for its argument `index`."""
-    states = consumed(writer)
+    spec = op_of(writer)
     if not isinstance(writer.meta["val"], (tuple, list)):
         return writer
-    place = len(writer.meta["val"]) - len(states) + states.index(index)
+    place = len(writer.meta["val"]) - len(spec.states) + spec.states.index(spec.arguments[index])
     for user in writer.users:
         if user.target is operator.getitem and user.args[1] == place:
             return user

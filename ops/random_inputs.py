@@ -11,6 +11,8 @@ from . import dummy, formats
 from .dims import Dim, evaluate
 from .kernel import Call, Steps, Tensor
 
+_SCALES = frozenset({"k_scale", "v_scale", "k_static", "v_static"})
+
 
 def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
     """T, S, R of a step of about `tokens` tokens that the variant may see."""
@@ -57,12 +59,16 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if call.op == "quantized_linear" and name in ("weight", "scale", "zero"):
         mean, std = formats.get(call.args["format"]).moments(name, call.args["x"].shape[-1]) if arg.dtype.is_floating_point else (0.0, 1.0)
         return dummy.generate(int(torch.randint(0, 1 << 30, (1,), generator=generator)), mean, std, tuple(shape), arg.dtype, device)
+    if arg.dtype == torch.int8:
+        return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(device)
     if not arg.dtype.is_floating_point:
         value = batch[name] if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
         return value.to(arg.dtype).to(device).contiguous()
     if name in ("cos", "sin"):
         angle = torch.rand(shape, generator=generator) * 6.28
         return (angle.cos() if name == "cos" else angle.sin()).to(arg.dtype).to(device)
+    if name in _SCALES:  # of quantized values: positive, so that values are near 1
+        return (torch.rand(shape, generator=generator) + 0.5).mul_(1 / 64).to(arg.dtype).to(device)
     # large weights are drawn where they are used: the host generator is slow
     on = torch.Generator(device).manual_seed(int(torch.randint(0, 1 << 30, (1,), generator=generator)))
     value = torch.randn(shape, generator=on, device=device, dtype=torch.float32 if math.prod(shape) < 1 << 24 else arg.dtype)

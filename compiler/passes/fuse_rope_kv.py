@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ingot.ops import Graph, InputSpec, StateSpec
-from ingot.ops.graph import new_version
+from ingot.ops.graph import consumed, new_version
 from ingot.ops.target import Target
 
 from ..from_function import from_function
@@ -54,7 +54,7 @@ def _head(rope: fx.Node) -> _Head | None:
 
 
 def _fuse(graph: Graph, write: fx.Node, ropes: dict[fx.Node, list[_Head]]) -> None:
-    k, v, k_cache, v_cache, slots = write.args
+    k, v, k_cache, v_cache, slots = write.args[:5]
     base, v_begin, v_end = column_slice(v)
     heads = ropes.get(base, [])
     keys = [h for h in heads if h.rope is k]
@@ -72,11 +72,11 @@ def _fuse(graph: Graph, write: fx.Node, ropes: dict[fx.Node, list[_Head]]) -> No
     # q moves down to the write; a reader between the two would see it too early
     if any(order[u] < order[write] for u in query.rope.users):
         return
-    old = [new_version(write, i) for i in (2, 3)]
+    old = [new_version(write, i) for i in consumed(write)]
     with graph.fx.inserting_before(write):
         fused = graph.call(ingot.qkv_rope_kv_write.default, base, cos, sin, query.weight, key.weight, k_cache, v_cache, slots,
-                           num_heads, num_kv_heads, style, key.eps, key.offset)  # fmt: skip
-        q, *states = [graph.getitem(fused, i) for i in range(3)]
+                           num_heads, num_kv_heads, style, key.eps, key.offset, *write.args[5:])  # fmt: skip
+        q, *states = [graph.getitem(fused, i) for i in range(1 + len(old))]
     query.rope.replace_all_uses_with(q)
     for before, after in zip(old, states, strict=True):
         before.replace_all_uses_with(after)
@@ -85,16 +85,25 @@ def _fuse(graph: Graph, write: fx.Node, ropes: dict[fx.Node, list[_Head]]) -> No
 
 
 def example() -> Graph:
+    """One site with float caches, one with quantized ones."""
     heads, kv_heads, dim = 4, 2, 16
 
-    def fn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slot_mapping_full: torch.Tensor, k_cache_0: torch.Tensor, v_cache_0: torch.Tensor,
-           q_norm: torch.Tensor, k_norm: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    def site(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slot_mapping: torch.Tensor, norms: list[torch.Tensor],
+             caches: list[torch.Tensor], scales: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
         q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
         q, k, v = q.reshape(-1, heads, dim), k.reshape(-1, kv_heads, dim), v.reshape(-1, kv_heads, dim)
-        q = ingot.rope(ingot.rms_norm(q, q_norm, 1e-6), cos, sin, "neox")
-        k = ingot.rope(ingot.rms_norm(k, k_norm, 1e-6), cos, sin, "neox")
-        states = ingot.kv_write(k, v, k_cache_0, v_cache_0, slot_mapping_full)
-        return [q], list(states)
+        q = ingot.rope(ingot.rms_norm(q, norms[0], 1e-6), cos, sin, "neox")
+        k = ingot.rope(ingot.rms_norm(k, norms[1], 1e-6), cos, sin, "neox")
+        states = ingot.kv_write(k, v, *caches, slot_mapping, *scales)
+        return q, list(states)[: len(caches) + len(scales)]
+
+    def fn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slot_mapping_full: torch.Tensor, k_cache_0: torch.Tensor, v_cache_0: torch.Tensor,
+           k_cache_1: torch.Tensor, v_cache_1: torch.Tensor, k_scale_1: torch.Tensor, v_scale_1: torch.Tensor,
+           q_norm: torch.Tensor, k_norm: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+        step = (cos, sin, slot_mapping_full, [q_norm, k_norm])
+        q0, states0 = site(qkv, *step, [k_cache_0, v_cache_0], [])
+        q1, states1 = site(qkv * 2, *step, [k_cache_1, v_cache_1], [k_scale_1, v_scale_1])
+        return [q0, q1], [*states0, *states1]
 
     f32 = torch.float32
     inputs = {
@@ -104,4 +113,6 @@ def example() -> Graph:
         "slot_mapping_full": InputSpec(torch.int32, ("T",)),
     }
     cache = StateSpec("full", "page", f32, (kv_heads, 16, dim))
-    return from_function(fn, inputs, {"k_cache_0": cache, "v_cache_0": cache}, {"q_norm": (f32, (dim,)), "k_norm": (f32, (dim,))})
+    quantized, scale = StateSpec("full", "page", torch.int8, (kv_heads, 16, dim)), StateSpec("full", "page", f32, (kv_heads, 16))
+    states = {"k_cache_0": cache, "v_cache_0": cache, "k_cache_1": quantized, "v_cache_1": quantized, "k_scale_1": scale, "v_scale_1": scale}
+    return from_function(fn, inputs, states, {"q_norm": (f32, (dim,)), "k_norm": (f32, (dim,))})

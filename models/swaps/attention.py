@@ -39,10 +39,12 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
     if context.observing:
         return q.new_empty(1, q.shape[0], q.shape[1], v.shape[2]), None
     step = context.values
-    step[caches[0]], step[caches[1]] = torch.ops.ingot.kv_write(k, v, step[caches[0]], step[caches[1]], step[f"slot_mapping_{group}"])
+    states = torch.ops.ingot.kv_write(k, v, *(step[c] for c in caches[:2]), step[f"slot_mapping_{group}"], *(step[c] for c in caches[2:]))
+    step.update(zip(caches, states, strict=False))  # without scales, two come back empty
+    k_cache, v_cache, *scales = (step[c] for c in caches)
     out = torch.ops.ingot.paged_attention(
-        q, step[caches[0]], step[caches[1]], step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
-        float(scaling) if scaling is not None else q.shape[-1] ** -0.5, mask.window, mask.chunk, float(softcap or 0.0))  # fmt: skip
+        q, k_cache, v_cache, step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
+        float(scaling) if scaling is not None else q.shape[-1] ** -0.5, mask.window, mask.chunk, float(softcap or 0.0), *scales)  # fmt: skip
     return out.unsqueeze(0), None
 
 

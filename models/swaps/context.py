@@ -10,6 +10,7 @@ import torch
 
 from ingot.ops import InputSpec, StateSpec
 from ingot.ops.errors import IngotError
+from ingot.ops.quantize import LARGEST
 
 
 class TraceError(IngotError):
@@ -65,10 +66,13 @@ class Context:
         return names
 
     def kv_caches(self, k: torch.Tensor, v: torch.Tensor, group: str) -> list[str]:
-        """Names of the caches of an attention call with new k [T, K, E] and v [T, K, F]."""
+        """Names of the caches of an attention call with new k [T, K, E] and v [T, K, F], and of their scales where they are quantized."""
         dtype = self.kv_dtype or k.dtype
-        spec = [StateSpec(group, "page", dtype, (int(t.shape[1]), self.page_size, int(t.shape[2]))) for t in (k, v)]
-        return self.declare(k_cache=spec[0], v_cache=spec[1])
+        heads = int(k.shape[1])
+        specs = {f"{n}_cache": StateSpec(group, "page", dtype, (heads, self.page_size, int(t.shape[2]))) for n, t in (("k", k), ("v", v))}
+        if dtype in LARGEST:
+            specs |= {f"{n}_scale": StateSpec(group, "page", torch.float32, (heads, self.page_size)) for n in ("k", "v")}
+        return self.declare(**specs)
 
 
 _CURRENT: ContextVar[Context] = ContextVar("trace")

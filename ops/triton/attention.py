@@ -4,6 +4,9 @@ A program takes a tile of a sequence's new tokens × the query heads of one kv h
 (decode), there is one tile a sequence, and the keys are split over programs whose partial results a second launch
 combines (Flash-Decoding, Dao et al. 2023). Otherwise tiles are numbered over the ragged batch, and each program finds
 its sequence in `cu_seqlens_q`. Grids depend on the step's sizes alone; what `seq_lens` makes unnecessary is skipped.
+
+A quantized cache is multiplied as it lies, in float16, which holds its values exactly: scales go to scores and probabilities,
+and queries and probabilities are kept within 1, so that nothing overflows.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import triton.language as tl
 
 from ..dims import product
 from ..kernel import Call, Candidate, Operand, Steps, Tensor, claims
+from ..quantize import LARGEST
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import tanh
 from .source import FLOATS, launch, power_of_two, supported
@@ -27,10 +31,14 @@ MAX_SPLITS = 64
 
 
 @triton.jit
-def attend(h, acc, top, total, slope, position, begin, stop, length, page_table, k_cache, v_cache, kv_head, K: tl.constexpr, E: tl.constexpr,
-           F: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Fold keys of blocks `begin` … `stop` − 1 into (acc, top, total); scores are in units of log 2. MASKED: some key may be hidden from some query."""
+def attend(h, acc, top, total, unit, size, slope, position, begin, stop, length, page_table, k_cache, v_cache, k_scale, v_scale, kv_head,
+           K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+           SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, MASKED: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """Fold keys of blocks `begin` … `stop` − 1 into (acc, top, total); scores are in units of log 2. MASKED: some key may be hidden from some query.
+
+    Of a quantized cache: queries are h · `size`, and acc is in units of `unit`, the largest scale of v so far.
+    """
     e = tl.arange(0, BLOCK_E)
     f = tl.arange(0, BLOCK_F)
     for block in range(begin, stop):
@@ -39,6 +47,8 @@ def attend(h, acc, top, total, slope, position, begin, stop, length, page_table,
         row = (tl.load(page_table + n // PAGE, mask=there, other=0).to(tl.int64) * K + kv_head) * PAGE + n % PAGE
         k = tl.load(k_cache + row[None, :] * E + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0).to(h.dtype)
         scores = tl.dot(h, k, input_precision=PRECISION)
+        if k_scale is not None:
+            scores *= size[:, None] * tl.load(k_scale + row, mask=there, other=0.0)[None, :]
         if SOFTCAP > 0:
             scores = SOFTCAP * 1.4426950408889634 * tanh(scores * (SCALE / SOFTCAP))
         else:
@@ -59,17 +69,23 @@ def attend(h, acc, top, total, slope, position, begin, stop, length, page_table,
         decay = tl.exp2(top - origin)
         total = total * decay + tl.sum(p, 1)
         v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(h.dtype)
+        if v_scale is not None:
+            scale = tl.load(v_scale + row, mask=there, other=0.0)
+            larger = tl.maximum(unit, tl.max(scale, 0))
+            p *= (scale / larger)[None, :]
+            decay *= unit / larger
+            unit = larger
         acc = tl.dot(p.to(h.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = higher
-    return acc, top, total
+    return acc, top, total, unit
 
 
 @triton.jit
-def attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, sinks, alibi_slopes, out, lse, num_tokens, num_seqs, num_columns,
-                     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
-                     CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                     BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr,
-                     PDL: tl.constexpr):  # fmt: skip
+def attention_kernel(q, k_cache, v_cache, k_scale, v_scale, cu_seqlens_q, seq_lens, page_table, sinks, alibi_slopes, out, lse, num_tokens, num_seqs,
+                     num_columns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr,
+                     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, DECODE: tl.constexpr,
+                     PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """With SPLITS > 1, `out` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -101,6 +117,11 @@ def attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, si
         position = length - queries + query
         e = tl.arange(0, BLOCK_E)
         h = tl.load(q + row[:, None] * E + e[None, :], mask=valid[:, None] & (e < E)[None, :], other=0.0)
+        size = None
+        if k_scale is not None:
+            h = h.to(tl.float32)
+            size = tl.maximum(tl.max(tl.abs(h), 1), 1e-30)
+            h = (h / size[:, None]).to(tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16)
         slope = None
         if alibi_slopes is not None:
             slope = tl.load(alibi_slopes + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -118,14 +139,17 @@ def attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, si
         acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        unit = tl.full([], 1e-30, tl.float32)
         pages = page_table + seq.to(tl.int64) * num_columns
         if WINDOW == 0 and CHUNK == 0:
             middle = tl.maximum(low, tl.minimum(high, (earliest + 1) // BLOCK_N))
-            acc, top, total = attend(h, acc, top, total, slope, position, low, middle, length, pages, k_cache, v_cache, kv_head, K, E, F, PAGE, SCALE,
-                                     WINDOW, CHUNK, SOFTCAP, BLOCK_N, BLOCK_E, BLOCK_F, False, PRECISION)  # fmt: skip
+            acc, top, total, unit = attend(h, acc, top, total, unit, size, slope, position, low, middle, length, pages, k_cache, v_cache, k_scale, v_scale,
+                                           kv_head, K, E, F, PAGE, SCALE, WINDOW, CHUNK, SOFTCAP, BLOCK_N, BLOCK_E, BLOCK_F, False, PRECISION)  # fmt: skip
             low = middle
-        acc, top, total = attend(h, acc, top, total, slope, position, low, high, length, pages, k_cache, v_cache, kv_head, K, E, F, PAGE, SCALE,
-                                 WINDOW, CHUNK, SOFTCAP, BLOCK_N, BLOCK_E, BLOCK_F, True, PRECISION)  # fmt: skip
+        acc, top, total, unit = attend(h, acc, top, total, unit, size, slope, position, low, high, length, pages, k_cache, v_cache, k_scale, v_scale,
+                                       kv_head, K, E, F, PAGE, SCALE, WINDOW, CHUNK, SOFTCAP, BLOCK_N, BLOCK_E, BLOCK_F, True, PRECISION)  # fmt: skip
+        if v_scale is not None:
+            acc *= unit
         if SPLITS > 1:
             row = row * SPLITS + split
             tl.store(lse + row, top + tl.log2(total), mask=valid)
@@ -206,7 +230,8 @@ def _splits(steps: Steps, kv_heads: int) -> int:
 def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     args = call.args
     q, k_cache, v_cache = args["q"], args["k_cache"], args["v_cache"]
-    if not supported(call) or any(t.dtype not in FLOATS for t in (q, k_cache, v_cache)):
+    held = FLOATS if args["k_scale"] is None else LARGEST
+    if not supported(call, target) or q.dtype not in FLOATS or any(t.dtype not in held for t in (k_cache, v_cache)):
         return []
     tokens, heads, e = q.shape
     kv_heads, page_size, f = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
@@ -221,7 +246,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         "SOFTCAP": args["softcap"], "BLOCK_E": block_e, "BLOCK_F": block_f, "BLOCK_S": power_of_two(steps.max_seqs + 1), "SPLITS": splits,
         "DECODE": decode, "PRECISION": "ieee" if q.dtype == torch.float32 else None,
     }  # fmt: skip
-    inputs = {n: Operand(arg=n) for n in ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "page_table")}
+    inputs = {n: Operand(arg=n) for n in ("q", "k_cache", "v_cache", "k_scale", "v_scale", "cu_seqlens_q", "seq_lens", "page_table")}
     per_head = {n: Operand(arg=n) for n in ("sinks", "alibi_slopes")}
     sizes = {"num_tokens": Operand(size=tokens), "num_seqs": Operand(size=seqs), "num_columns": Operand(size=columns)}
     scratch: tuple[Tensor, ...] = ()

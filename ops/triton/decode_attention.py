@@ -16,10 +16,13 @@ import triton.language as tl
 from ..chain import chain
 from ..dims import product
 from ..kernel import Call, Candidate, Operand, Steps, Tensor, claimants, claims
+from ..quantize import LARGEST
 from ..target import Target
 from .activations import tanh
 from .attention import MAX_SPLITS, PROGRAMS, combine_kernel
+from .kv_cache import CACHES, scale_constants
 from .prefetch import prefetch_rows
+from .quantize import row_scale, to_eight_bits
 from .rotary import rotation, style_constants
 from .source import FLOATS, launch, power_of_two, supported
 
@@ -37,8 +40,19 @@ def head_rows(base, own, partner, sign, c, s, weight, mask, turns, E: tl.constex
 
 
 @triton.jit
-def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slot_mapping, seq_lens, page_table, sinks, out, lse, num_columns,
-                            H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
+def eight_bit_row(h, static, head, dtype: tl.constexpr, STATIC: tl.constexpr, LARGEST: tl.constexpr):
+    """A row [1, N] in eight bits and its scale [1, 1]; see `ops.quantize`."""
+    if static is not None:
+        scale = tl.load(static + (head if STATIC > 1 else 0)) + tl.zeros([1, 1], tl.float32)
+    else:
+        scale = row_scale(h, LARGEST)
+    return to_eight_bits(h, scale, dtype, LARGEST), scale
+
+
+@triton.jit
+def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, k_static, v_static, slot_mapping, seq_lens, page_table,
+                            sinks, out, lse, num_columns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr,
+                            STATIC: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
                             STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
                             CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
                             BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -81,27 +95,43 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
     valid = m < GROUP
     wide = (e < E)[None, :]
     start = qkv + token * ((H + K) * E + K * F)
-    q = head_rows(start + head[:, None] * E, own, partner, sign, c, s, q_weight, valid[:, None] & wide, turns, E, EPS, OFFSET).to(qkv.dtype.element_ty)
+    q = head_rows(start + head[:, None] * E, own, partner, sign, c, s, q_weight, valid[:, None] & wide, turns, E, EPS, OFFSET)
+    if k_scale is not None:
+        size = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
+        q = (q / size[:, None]).to(tl.float16)
+    else:
+        q = q.to(qkv.dtype.element_ty)
+    unit = tl.full([], 1e-30, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if split == 0:
         one = tl.zeros([1, 1], tl.int32)
-        k_new = head_rows(start + (H + kv_head) * E + one, own, partner, sign, c, s, k_weight, wide, turns, E, EPS, OFFSET).to(k_cache.dtype.element_ty)
-        v_new = tl.load(start + (H + K) * E + kv_head * F + f, mask=f < F, other=0.0).to(v_cache.dtype.element_ty)
+        k_new = head_rows(start + (H + kv_head) * E + one, own, partner, sign, c, s, k_weight, wide, turns, E, EPS, OFFSET)
+        v_new = tl.load(start + (H + K) * E + kv_head * F + f[None, :], mask=(f < F)[None, :], other=0.0).to(tl.float32)
         slot = tl.load(slot_mapping + token).to(tl.int64)
-        if slot >= 0:
-            place = (slot // PAGE * K + kv_head) * PAGE + slot % PAGE
-            tl.store(k_cache + place * E + e[None, :], k_new, mask=wide)
-            tl.store(v_cache + place * F + f, v_new, mask=f < F)
+        place = (slot // PAGE * K + kv_head) * PAGE + slot % PAGE + one
+        if k_scale is not None:
+            k_new, k_by = eight_bit_row(k_new, k_static, kv_head, k_cache.dtype.element_ty, STATIC, K_LARGEST)
+            v_new, v_by = eight_bit_row(v_new, v_static, kv_head, v_cache.dtype.element_ty, STATIC, V_LARGEST)
+            tl.store(k_scale + place, k_by, mask=slot >= 0)
+            tl.store(v_scale + place, v_by, mask=slot >= 0)
+        else:
+            k_new = k_new.to(k_cache.dtype.element_ty)
+            v_new = v_new.to(v_cache.dtype.element_ty)
+        tl.store(k_cache + place * E + e[None, :], k_new, mask=wide & (slot >= 0))
+        tl.store(v_cache + place * F + f[None, :], v_new, mask=(f < F)[None, :] & (slot >= 0))
         if position >= 0:
             top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
+            if k_scale is not None:
+                top *= size * tl.sum(k_by)
+                unit = tl.maximum(unit, tl.sum(v_by))
             if SOFTCAP > 0:
                 top = SOFTCAP * LOG2E * tanh(top * (SCALE / SOFTCAP))
             else:
                 top *= SCALE * LOG2E
             total += 1.0
-            acc += v_new.to(tl.float32)[None, :]
+            acc += v_new.to(tl.float32)
     for begin in range(low, high, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
         there = n < high
@@ -109,6 +139,8 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         k = tl.load(k_cache + row[None, :] * E + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0).to(q.dtype)
         v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(q.dtype)
         scores = tl.dot(q, k)
+        if k_scale is not None:
+            scores *= size[:, None] * tl.load(k_scale + row, mask=there, other=0.0)[None, :]
         if SOFTCAP > 0:
             scores = SOFTCAP * LOG2E * tanh(scores * (SCALE / SOFTCAP))
         else:
@@ -118,8 +150,16 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         p = tl.exp2(scores - higher[:, None])
         decay = tl.exp2(top - higher)
         total = total * decay + tl.sum(p, 1)
+        if v_scale is not None:
+            scale = tl.load(v_scale + row, mask=there, other=0.0)
+            larger = tl.maximum(unit, tl.max(scale, 0))
+            p *= (scale / larger)[None, :]
+            decay *= unit / larger
+            unit = larger
         acc = tl.dot(p.to(q.dtype), v, acc * decay[:, None])
         top = higher
+    if v_scale is not None:
+        acc *= unit
     at = token * H + head
     if SPLITS > 1:
         at = at * SPLITS + split
@@ -154,7 +194,7 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
     block_m = max(16, power_of_two(heads // kv_heads))
     if not steps.exact or steps.max_num_new != 1 or qkv.dtype == torch.float32 or block_m * block_f > 64 * 256:
         return []
-    inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", "k_cache", "v_cache", "slot_mapping", "seq_lens", "page_table", "sinks")}
+    inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "seq_lens", "page_table", "sinks")}
     columns = {"num_columns": Operand(size=args["page_table"].shape[1])}
     found = []
     for rank, (splits, (block_n, warps, stages)) in enumerate((s, t) for s in _splits(steps, kv_heads) for t in TILES):
@@ -162,8 +202,9 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
             "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "EPS": args["eps"], "OFFSET": args["offset"], "SCALE": args["scale"],
             "WINDOW": args["window"], "CHUNK": args["chunk"], "SOFTCAP": args["softcap"], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e,
             "BLOCK_F": block_f, "SPLITS": splits, "THREADS": 32 * warps,
-        } | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
-        functions, tile = [decode_attention_kernel, head_rows, rotation, prefetch_rows, tanh], f"n{block_n}_w{warps}_s{stages}"
+        } | scale_constants(call) | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
+        functions = [decode_attention_kernel, eight_bit_row, row_scale, to_eight_bits, head_rows, rotation, prefetch_rows, tanh]
+        tile = f"n{block_n}_w{warps}_s{stages}"
         grid = ((tokens, 1), (kv_heads, 1), (splits, 1))
         if splits == 1:
             operands = inputs | {"out": Operand(out=0)} | columns
@@ -185,11 +226,12 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
 def qkv_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     """Of a decode step in one kernel; else head norms, rotation and the KV write, then every way to attend."""
     args = call.args
-    if not supported(call) or args["qkv"].dtype not in FLOATS or any(args[c].dtype not in FLOATS for c in ("k_cache", "v_cache")):
+    held = FLOATS if args["k_scale"] is None else LARGEST
+    if not supported(call, target) or args["qkv"].dtype not in FLOATS or any(args[c].dtype not in held for c in ("k_cache", "v_cache")):
         return []
-    heads = ("qkv", "cos", "sin", "q_weight", "k_weight", "k_cache", "v_cache", "slot_mapping", "num_heads", "num_kv_heads", "style", "eps", "offset")
+    heads = ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "num_heads", "num_kv_heads", "style", "eps", "offset")
     q = Tensor(args["qkv"].dtype, (args["qkv"].shape[0], args["num_heads"], args["k_cache"].shape[3]))
-    names = ("k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "page_table", "sinks", "scale", "window", "chunk", "softcap")
+    names = ("k_cache", "v_cache", "k_scale", "v_scale", "cu_seqlens_q", "seq_lens", "page_table", "sinks", "scale", "window", "chunk", "softcap")
     attention = Call("paged_attention", {"q": q, "alibi_slopes": None, **{n: args[n] for n in names}}, call.results)
     rope = Call("qkv_rope_kv_write", {n: args[n] for n in heads}, (q,))
     apart = [chain(head, q, "q", tail) for head in claimants(rope, steps, target)[:1] for tail in claimants(attention, steps, target)]

@@ -11,11 +11,14 @@ from triton import JITFunction
 
 from ..dims import Dim, evaluate, product
 from ..kernel import Call, Launch, Operand, Source, Steps, Tensor
+from ..target import Target
 
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -72,9 +75,10 @@ def most(dim: Dim, steps: Steps) -> int:
     return evaluate(dim, {"T": steps.max_tokens, "S": steps.max_seqs, "R": steps.max_rows})
 
 
-def supported(call: Call) -> bool:
-    """Whether every tensor is of a type that kernels know."""
-    return all(t.dtype in TYPES for t in (*call.args.values(), *call.results) if isinstance(t, Tensor))
+def supported(call: Call, target: Target | None = None) -> bool:
+    """Whether every tensor is of a type that kernels know; given the target, also whether its instructions convert float8 (from sm_89 on)."""
+    dtypes = {t.dtype for t in (*call.args.values(), *call.results) if isinstance(t, Tensor)}
+    return dtypes <= TYPES.keys() and (target is None or target.arch >= 89 or torch.float8_e4m3fn not in dtypes)
 
 
 def power_of_two(n: int) -> int:

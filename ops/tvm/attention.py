@@ -4,7 +4,7 @@ where there are few sequences (Dao et al. 2023, Flash-Decoding).
 A task is a block of tokens × a kv head × a share of the pages. It takes its sequences one after the other, and of each the
 pages that its tokens see; a page, read from memory once, meets all query heads of all these tokens. What each (share,
 token, head) has gathered so far lies in scratch: F weighted sums, then the running maximum and the sum of exponentials,
-each as a vector. A second loop joins the shares.
+each as a vector. A second loop joins the shares. Scales of a quantized cache multiply scores and weights, sixteen tokens at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from textwrap import indent
 import torch
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
+from ..quantize import LARGEST
 from ..target import Target
-from .vector import BYTES, DTYPES, Vectors
+from .vector import BYTES, CACHE_DTYPES, DTYPES, Vectors, cache_operand
 
 BLOCK = 16
 """Tokens of a task when sequences bring many: they share what is read of a page."""
@@ -33,16 +34,19 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
     q, k_cache, v_cache = call.args["q"], call.args["k_cache"], call.args["v_cache"]
     options = [n for n in ("sinks", "alibi_slopes") if call.args[n] is not None]
     indices = ("cu_seqlens_q", "seq_lens", "page_table")
-    if q.dtype not in DTYPES or {k_cache.dtype, v_cache.dtype} != {q.dtype} or any(call.args[n].dtype != torch.int32 for n in indices):
+    scales = [n for n in ("k_scale", "v_scale") if call.args[n] is not None]
+    held = {q.dtype} if not scales else set(LARGEST)
+    if q.dtype not in DTYPES or not {k_cache.dtype, v_cache.dtype} <= held or any(call.args[n].dtype != torch.int32 for n in indices):
         return []
     if any(call.args[n].dtype not in DTYPES for n in options):
         return []
     block = 1 if steps.max_num_new == 1 else max(1, min(BLOCK, steps.max_tokens // 4))
     tasks = k_cache.shape[1] * -(-steps.max_tokens // block)
     splits = max(1, min(8, (2 * target.num_threads or TASKS) // tasks))
-    kernel = _Attention(Vectors(target), call, steps, options, block, splits)
+    kernel = _Attention(Vectors(target), call, steps, options, scales, block, splits)
     scratch = Tensor(torch.float32, ({"T": splits}, q.shape[1], kernel.state_width))
-    operands = [Operand(arg=n) for n in ("q", "k_cache", "v_cache", *indices, *options)] + [Operand(scratch=0), Operand(out=0)]
+    caches = [cache_operand(call, n) for n in ("k_cache", "v_cache")]
+    operands = [Operand(arg="q"), *caches, *(Operand(arg=n) for n in (*scales, *indices, *options)), Operand(scratch=0), Operand(out=0)]
     launch = Launch(Source("paged_attention", "tvm", "paged_attention", kernel.text()), tuple(operands))
     return [Candidate(f"split{splits}_block{block}", (launch,), (scratch,))]
 
@@ -53,12 +57,17 @@ class _Attention:
     call: Call
     steps: Steps
     options: list[str]
+    scales: list[str]
     block: int
     splits: int
 
     @property
     def dtype(self) -> str:
         return DTYPES[self.call.args["q"].dtype]
+
+    @property
+    def cache_dtype(self) -> str:
+        return CACHE_DTYPES[self.call.args["k_cache"].dtype]
 
     @property
     def sums_width(self) -> int:
@@ -84,8 +93,9 @@ class _Attention:
         tokens, heads = "tokens", q.shape[1]
         buffers = [
             ("q", self.dtype, (tokens, heads, q.shape[2])),
-            ("k_cache", self.dtype, ("pages", *k_cache.shape[1:])),
-            ("v_cache", self.dtype, ("pages", *v_cache.shape[1:])),
+            ("k_cache", self.cache_dtype, ("pages", *k_cache.shape[1:])),
+            ("v_cache", self.cache_dtype, ("pages", *v_cache.shape[1:])),
+            *((n, "float32", ("pages", *k_cache.shape[1:3])) for n in self.scales),
             ("cu_seqlens_q", "int32", ("starts",)),
             ("seq_lens", "int32", ("seqs",)),
             ("page_table", "int32", ("seqs", "table_width")),
@@ -144,9 +154,10 @@ for task in T.parallel({self.splits * kv_heads} * blocks):
         lines = ['                next_page: T.let = T.cast(page_table[seq[0], T.min(page_number + 1, table_width - 1)], "int64")']
         for name in ("k_cache", "v_cache"):
             page_size, size = self.call.args[name].shape[2:]
-            step = 64 // BYTES[self.dtype]
+            step = 64 // BYTES[self.cache_dtype]
             lines.append(f"                for line in T.serial({-(-page_size * size // step)}):")
             lines.append(f"                    {self.vectors.prefetch(f'{name}[next_page, head, 0, line * {step}]')}")
+        lines += [f"                {self.vectors.prefetch(f'{name}[next_page, head, 0]')}" for name in self.scales]
         return "\n".join(lines)
 
     @staticmethod
@@ -174,13 +185,21 @@ for task in T.parallel({self.splits * kv_heads} * blocks):
         state = "state[share * tokens + t, first_head + r"
         maximum, exponentials = f"{state}, {self.sums_width}]", f"{state}, {self.sums_width + v.lanes}]"
         dots = [f"dots{j // 8}[{j % 8}]" if j < count else v.splat(0.0) for j in range(v.lanes)]
-        step = v.step(self.dtype)
+        step = v.lanes if self.scales else v.step(self.dtype)
+        tokens = None if count == v.lanes else str(count)
 
         def products(k: str, part: str | None) -> list[str]:
             keys = [f"k_cache[page, head, {begin} + {j}, {k}]" for j in range(count)]
-            return [f"{d} = {v.dot(self.dtype, d, f'q[t, first_head + r, {k}]', key, part)}" for d, key in zip(dots, keys, strict=False)]
+            if not self.scales:
+                return [f"{d} = {v.dot(self.dtype, d, f'q[t, first_head + r, {k}]', key, part)}" for d, key in zip(dots, keys, strict=False)]
+            query = f"query: T.let = {v.load(self.dtype, f'q[t, first_head + r, {k}]', part)}"
+            return [query, *(f"{d} = {d} + query * {v.load(self.cache_dtype, key, part)}" for d, key in zip(dots, keys, strict=False))]
 
         scores = f"{v.call('sums', *dots)} * {v.splat(args['scale'])}"
+        weight = "weight"
+        if self.scales:
+            scores += f" * {v.load('float32', f'k_scale[page, head, {begin}]', tokens)}"
+            weight += f" * {v.load('float32', f'v_scale[page, head, {begin}]', tokens)}"
         if softcap := args["softcap"]:
             scores = f"{v.call('tanh', f'({scores}) * {v.splat(1 / softcap)}')} * {v.splat(softcap)}"
         if "alibi_slopes" in self.options:
@@ -195,7 +214,7 @@ for task in T.parallel({self.splits * kv_heads} * blocks):
                 f"for r in T.unroll({self.rows}):",
                 f"    sums[r] = {v.load('float32', here)} * shrink[r]",
                 f"for j in T.unroll({count}):",
-                f"    value: T.let = {v.load(self.dtype, f'v_cache[page, head, {begin} + j, {k}]', part)}",
+                f"    value: T.let = {v.load(self.cache_dtype, f'v_cache[page, head, {begin} + j, {k}]', part)}",
                 f"    for r in T.unroll({self.rows}):",
                 f"        sums[r] = sums[r] + {v.splat(f'weights[r * {v.lanes} + j]')} * value",
                 f"for r in T.unroll({self.rows}):",
@@ -220,7 +239,7 @@ for task in T.parallel({self.splits * kv_heads} * blocks):
             f"{tab}after: T.let = T.max(before, {v.splat(v.max('seen'))})",
             f"{tab}weight: T.let = {v.call('exp', 'seen - after')}",
             f"{tab}shrink[r] = {v.call('exp', 'before - after')}",
-            tab + v.store("float32", f"weights[r * {v.lanes}]", "weight"),
+            tab + v.store("float32", f"weights[r * {v.lanes}]", weight),
             tab + v.store("float32", maximum, "after"),
             tab + v.store("float32", exponentials, f"{v.load('float32', exponentials)} * shrink[r] + weight"),
             v.over(f, weigh, 0),

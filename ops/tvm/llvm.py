@@ -52,9 +52,12 @@ def functions(n: int, native_bfloat16: bool, native_bytes: bool) -> dict[str, st
         %h = fptrunc {f} %x to <{n} x half>
         %b = bitcast <{n} x half> %h to {s}
         ret {s} %b""")  # fmt: skip
+    _define_eight_bits(define, n)
     for x in ("widen", "narrow"):
         define(f, f"{x}_float32", f"{f} %x", f"ret {f} %x")
-    for dtype, raw, element, bytes_ in (("float32", f, "float", 4), ("bfloat16", s, "i16", 2), ("float16", s, "i16", 2)):
+    b = f"<{n} x i8>"
+    elements = (("float32", f, "float", 4), ("bfloat16", s, "i16", 2), ("float16", s, "i16", 2), ("float8_e4m3fn", b, "i8", 1), ("int8", b, "i8", 1))
+    for dtype, raw, element, bytes_ in elements:
         mangled = f"v{n}{'f32' if element == 'float' else element}"
         define(f, f"load_{dtype}", "ptr %p", f"""
             %r = load {raw}, ptr %p, align {bytes_}
@@ -87,7 +90,7 @@ def functions(n: int, native_bfloat16: bool, native_bytes: bool) -> dict[str, st
             store {element} %e, ptr %p, align {bytes_}
             ret void""")  # fmt: skip
         for part, count, argument in (("", "", ""), ("part_", ", i32 %count", ", i32 %count")):
-            if dtype == "bfloat16":
+            if dtype not in ("float32", "float16"):
                 continue
             define(f, f"dot_{part}{dtype}", f"{f} %acc, ptr %a, ptr %b{count}", f"""
                 %x = call {f} @load_{part}{dtype}(ptr %a{argument})
@@ -130,6 +133,55 @@ def functions(n: int, native_bfloat16: bool, native_bytes: bool) -> dict[str, st
     _define_elementary(define, n)
     _define_integers(define, n, native_bytes)
     return out
+
+
+def _define_eight_bits(define: Callable[[str, str, str, str], None], n: int) -> None:
+    """What widens and narrows int8 and float8 (e4m3, without infinities)."""
+    f, i, b = f"<{n} x float>", f"<{n} x i32>", f"<{n} x i8>"
+    define(f, "widen_int8", f"{b} %x", f"""
+        %y = sitofp {b} %x to {f}
+        ret {f} %y""")  # fmt: skip
+    define(f, "limited", f"{f} %x, float %largest", f"""
+        %a = insertelement {f} poison, float %largest, i64 0
+        %high = shufflevector {f} %a, {f} poison, {i} zeroinitializer
+        %low = fneg {f} %high
+        %y = call {f} @llvm.minnum.v{n}f32({f} %x, {f} %high)
+        %z = call {f} @llvm.maxnum.v{n}f32({f} %y, {f} %low)
+        ret {f} %z""")  # fmt: skip
+    define(b, "narrow_int8", f"{f} %x", f"""
+        %y = call {f} @limited({f} %x, float 127.0)
+        %z = call {f} @llvm.rint.v{n}f32({f} %y)
+        %w = fptosi {f} %z to {i}
+        %r = trunc {i} %w to {b}
+        ret {b} %r""")  # fmt: skip
+    # e4m3 in the place of a float32's exponent and mantissa is 2¹²⁰ times too small, subnormal numbers included.
+    define(f, "widen_float8_e4m3fn", f"{b} %x", f"""
+        %w = zext {b} %x to {i}
+        %magnitude = and {i} %w, splat (i32 127)
+        %placed = shl {i} %magnitude, splat (i32 20)
+        %small = bitcast {i} %placed to {f}
+        %large = fmul {f} %small, splat (float 0x4770000000000000)
+        %bits = bitcast {f} %large to {i}
+        %signs = and {i} %w, splat (i32 128)
+        %high = shl {i} %signs, splat (i32 24)
+        %both = or {i} %bits, %high
+        %y = bitcast {i} %both to {f}
+        ret {f} %y""")  # fmt: skip
+    define(b, "narrow_float8_e4m3fn", f"{f} %x", f"""
+        %y = call {f} @limited({f} %x, float 448.0)
+        %small = fmul {f} %y, splat (float 0x3870000000000000)
+        %all = bitcast {f} %small to {i}
+        %bits = and {i} %all, splat (i32 2147483647)
+        %last = lshr {i} %bits, splat (i32 20)
+        %odd = and {i} %last, splat (i32 1)
+        %bias = add {i} %odd, splat (i32 524287)
+        %sum = add {i} %bits, %bias
+        %rounded = lshr {i} %sum, splat (i32 20)
+        %sign = lshr {i} %all, splat (i32 24)
+        %high = and {i} %sign, splat (i32 128)
+        %both = or {i} %rounded, %high
+        %r = trunc {i} %both to {b}
+        ret {b} %r""")  # fmt: skip
 
 
 def _define_shuffles(define: Callable[[str, str, str, str], None], n: int) -> None:

@@ -15,12 +15,15 @@ from textwrap import indent
 import torch
 
 from ..dims import Dim, show
-from ..kernel import Steps, Tensor
+from ..kernel import Call, Operand, Steps, Tensor
 from ..target import Target
 from . import llvm
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What kernels read and write; they compute in float32."""
+
+CACHE_DTYPES = DTYPES | {torch.float8_e4m3fn: "float8_e4m3fn", torch.int8: "int8"}
+"""What a KV cache may hold. TVM sees float8 as the int8 that memory holds."""
 
 INDEX_DTYPES = {torch.int32: "int32", torch.int64: "int64"}
 
@@ -74,7 +77,7 @@ class Vectors:
         return self.call(f"load_{dtype}", _address(ref)) if count is None else self.call(f"load_part_{dtype}", _address(ref), count)
 
     def store(self, dtype: str, ref: str, vector: str, count: str | None = None) -> str:
-        """A statement that rounds to nearest even and writes `lanes` elements."""
+        """A statement that rounds to nearest even, saturates in int8 and float8, and writes `lanes` elements."""
         name, args = (f"store_{dtype}", [vector]) if count is None else (f"store_part_{dtype}", [vector, count])
         return f'T.evaluate(T.call_extern("void", "{name}", {_address(ref)}, {", ".join(args)}))'
 
@@ -110,7 +113,8 @@ class Vectors:
         lines = [f"{size} = T.int32()" for size in sizes]
         for buffer, dtype, shape in buffers:
             # The alignment of the element alone: a view may begin anywhere.
-            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{dtype}", align={BYTES[dtype]})')
+            held = "int8" if dtype == "float8_e4m3fn" else dtype
+            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{held}", align={BYTES[dtype]})')
         declared = "\n".join(lines)
         parameters = ", ".join([f"{b}_: T.handle" for b, _, _ in buffers] + [f"{s}: T.{t}" for s, t in scalars])
         body = "\n".join(line for line in body.splitlines() if line.strip())
@@ -133,7 +137,12 @@ class Vectors:
         return "\n" + "".join(definitions[n] for n in definitions if n in needed)
 
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "int64": 8, "uint8": 1}
+
+
+def cache_operand(call: Call, name: str) -> Operand:
+    """The argument `name`, a cache, as `script` declares it."""
+    return Operand(arg=name, view=torch.int8 if call.args[name].dtype == torch.float8_e4m3fn else None)
 
 
 def parallel(steps: Steps, tensor: Tensor, cost: int = 1) -> str:

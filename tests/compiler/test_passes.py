@@ -31,7 +31,7 @@ def values(graph: Graph, tokens: int) -> dict[str, torch.Tensor]:
     for name, spec in graph.inputs.items():
         shape = [sizes[n] if isinstance(n, str) else n for n in spec.shape]
         made[name] = batch[name].to(spec.dtype) if name in batch else torch.randn(shape, dtype=spec.dtype)
-    made |= {n: torch.randn(4, *s.shape, dtype=s.dtype) for n, s in graph.states.items()}
+    made |= {n: torch.randn(4, *s.shape).to(s.dtype) for n, s in graph.states.items()}
     return made
 
 
@@ -63,9 +63,9 @@ EXPECTED = {
     "fuse_glu": {"linear_glu": 2},
     "fuse_residual": {"linear_add": 1},
     "fuse_add_norm": {"add_rms_norm": 1},
-    "fuse_rope_kv": {"qkv_rope_kv_write": 1},
+    "fuse_rope_kv": {"qkv_rope_kv_write": 2},
     "quantize_linears": {"quantized_linear": 3},
-    "fuse_attention": {"qkv_attention": 1},
+    "fuse_attention": {"qkv_attention": 2},
     "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1},
     "group_regions": {"linear": 1},
     "clean_views": {},

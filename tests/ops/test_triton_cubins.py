@@ -10,16 +10,18 @@ from ingot.ops.target import GPU_ARCHES, Target
 
 ingot.ops.triton.load()
 
-BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+BF16, F16, F32, I32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.float8_e4m3fn
 DECODE, PREFILL = Steps(8, 8, 1, 8, True), Steps(1024, 64, 1024, 64, False)
 T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
 
 
-def calls(h, k, e, f, hidden, dtype):
-    """A call of every op in a model with h query heads, k kv heads, head dims e and f."""
+def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
+    """A call of every op in a model with h query heads, k kv heads, head dims e and f; `kv_dtype`: of a quantized cache."""
     x, weight = Tensor(dtype, (T, hidden)), Tensor(dtype, (hidden,))
     table, slots = Tensor(F32, (T, e)), Tensor(I32, (T,))
-    cache = {"k_cache": Tensor(dtype, (N, k, 64, e)), "v_cache": Tensor(dtype, (N, k, 64, f))}
+    cache = {"k_cache": Tensor(kv_dtype or dtype, (N, k, 64, e)), "v_cache": Tensor(kv_dtype or dtype, (N, k, 64, f))}
+    scales = dict.fromkeys(("k_scale", "v_scale"), Tensor(F32, (N, k, 64)) if kv_dtype else None)
+    written = {**scales, "k_static": None, "v_static": None}
     batch = {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P))}
     q, head = Tensor(dtype, (T, h, e)), Tensor(dtype, (e,))
     square = Tensor(dtype, (hidden, hidden))
@@ -34,17 +36,19 @@ def calls(h, k, e, f, hidden, dtype):
              (Tensor(dtype, (T, 3 * hidden)),)),
         Call("qkv_attention", {"qkv": Tensor(dtype, (T, (h + k) * e + k * f)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, **cache,
                                "slot_mapping": slots, **batch, "sinks": None, "num_heads": h, "num_kv_heads": k, "style": "neox", "eps": 1e-6,
-                               "offset": 0.0, "scale": e**-0.5, "window": 0, "chunk": 0, "softcap": 0.0}, (Tensor(dtype, (T, h, f)),)),
+                               "offset": 0.0, "scale": e**-0.5, "window": 0, "chunk": 0, "softcap": 0.0,
+                               **written}, (Tensor(dtype, (T, h, f)),)),
         Call("glu", {"gate_up": Tensor(dtype, (T, 6 * hidden)), "act": "gelu_tanh"}, (Tensor(dtype, (T, 3 * hidden)),)),
         Call("embedding", {"ids": slots, "weight": Tensor(dtype, (1000, hidden))}, (x,)),
         Call("gather_rows", {"x": x, "rows": Tensor(I32, (R,))}, (Tensor(dtype, (R, hidden)),)),
         Call("rotary_embedding", {"positions": slots, "inv_freq": Tensor(F32, (e // 2,)), "scaling": 1.0, "half": False}, (table, table)),
         Call("rope", {"x": q, "cos": table, "sin": table, "style": "neox"}, (q,)),
-        Call("kv_write", {"k": Tensor(dtype, (T, k, e)), "v": Tensor(dtype, (T, k, f)), **cache, "slot_mapping": slots}, ()),
+        Call("kv_write", {"k": Tensor(dtype, (T, k, e)), "v": Tensor(dtype, (T, k, f)), **cache, "slot_mapping": slots, **written}, ()),
         Call("qkv_rope_kv_write", {"qkv": Tensor(dtype, (T, (h + k) * e + k * f)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, **cache,
-                                   "slot_mapping": slots, "num_heads": h, "num_kv_heads": k, "style": "neox", "eps": 1e-6, "offset": 0.0}, (q,)),
+                                   "slot_mapping": slots, "num_heads": h, "num_kv_heads": k, "style": "neox", "eps": 1e-6, "offset": 0.0,
+                                   **written}, (q,)),
         Call("paged_attention", {"q": q, **cache, **batch, "sinks": Tensor(dtype, (h,)), "alibi_slopes": None, "scale": e**-0.5, "window": 0, "chunk": 0,
-                                 "softcap": 0.0}, (Tensor(dtype, (T, h, f)),)),
+                                 "softcap": 0.0, **scales}, (Tensor(dtype, (T, h, f)),)),
     ]  # fmt: skip
 
 
@@ -56,6 +60,20 @@ def sources(call, steps, target, most):
     candidates = [c for claim in CLAIMS[call.op, "triton"] for c in claim(call, steps, target)]
     assert candidates, f"{call.op} is not claimed on {target.isa}"
     return [launch.source for c in candidates[:most] for launch in c.launches]
+
+
+@pytest.mark.parametrize(("isa", "kv_dtype", "steps"), [("sm_90", FP8, DECODE), ("sm_89", FP8, PREFILL), ("sm_80", torch.int8, DECODE)])
+def test_quantized_caches_compile(isa, kv_dtype, steps):
+    target = Target("cuda", isa, "")
+    wanted = [s for c in calls(32, 8, 128, 128, 2048, BF16, kv_dtype) if "k_scale" in c.args for s in sources(c, steps, target, 1)]
+    assert {s.family for s in wanted} >= {"triton_attention", "triton_kv_cache"}
+    compile_sources(wanted, target, 2)
+
+
+def test_float8_is_declined_where_no_instruction_converts_it():
+    for call in calls(32, 8, 128, 128, 2048, BF16, FP8):
+        if "k_scale" in call.args:
+            assert not [c for claim in CLAIMS[call.op, "triton"] for c in claim(call, DECODE, Target("cuda", "sm_86", ""))]
 
 
 def test_every_op_is_compiled():

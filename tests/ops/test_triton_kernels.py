@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import ingot.ops.triton
-from ingot.artifacts.gate import bind, error
+from ingot.artifacts.gate import bind, error, states
 from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.triton import compile_source
-from ingot.ops import OPS
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor
@@ -25,8 +24,10 @@ ingot.ops.triton.load()
 torch.set_num_threads(1)
 
 BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
 TOLERANCE = {BF16: 6e-3, F16: 1e-3, F32: 2e-6}  # ‖out − ref‖ / ‖ref‖; rounding the result alone gives 2e-3, 3e-4, 3e-8
+QUANTIZED_TOLERANCE = 6e-3  # a value may lie on either side of a rounding
 MEMORY_BYTES = 32 << 20
 
 
@@ -138,6 +139,10 @@ class Case:
         for name, arg in call.args.items():
             if name in self.values:
                 made[name] = self.values[name].to(device)
+            elif isinstance(arg, Tensor) and arg.dtype == torch.int8:
+                made[name] = torch.randint(-127, 128, [evaluate(d, self.sizes) for d in arg.shape], generator=generator, dtype=torch.int8).to(device)
+            elif isinstance(arg, Tensor) and name.endswith(("_scale", "_static")):
+                made[name] = ((torch.rand([evaluate(d, self.sizes) for d in arg.shape], generator=generator) + 0.5) / 64).to(device)
             elif isinstance(arg, Tensor):
                 made[name] = torch.randn([evaluate(d, self.sizes) for d in arg.shape], generator=generator).to(arg.dtype).to(device)
             else:
@@ -218,23 +223,33 @@ class Batch:
         return {n: v.to(I32) for n, v in made.items()}
 
 
+def scales(heads, page_size=16, quantized=True, static=()):
+    """Scales of a quantized cache, and static ones of `static` (k, v) heads."""
+    scale = tensor(N, heads, page_size, dtype=F32) if quantized else None
+    return {"k_scale": scale, "v_scale": scale, **{n: tensor(static[i], dtype=F32) if static else None for i, n in enumerate(("k_static", "v_static"))}}
+
+
 def kv_cases():
     cases = {}
-    for name, e, f, page_size in (("odd", 40, 24, 16), ("wide", 64, 64, 8)):
+    rows = (("odd", 40, 24, 16, None, ()), ("wide", 64, 64, 8, None, ()), ("fp8", 40, 24, 16, FP8, ()), ("int8", 64, 64, 8, INT8, ()),
+            ("fp8_static", 40, 64, 16, FP8, (1, 1)), ("int8_static", 24, 24, 16, INT8, (3, 3)))  # fmt: skip
+    for name, e, f, page_size, dtype, static in rows:
         batch = Batch((3, 0, 20), (2, 0, 3), 2, page_size)
-        args = {"k": tensor(T, 3, e), "v": tensor(T, 3, f), "k_cache": tensor(N, 3, page_size, e), "v_cache": tensor(N, 3, page_size, f),
-                "slot_mapping": tensor(T, dtype=I32)}  # fmt: skip
+        args = {"k": tensor(T, 3, e), "v": tensor(T, 3, f), "k_cache": tensor(N, 3, page_size, e, dtype=dtype),
+                "v_cache": tensor(N, 3, page_size, f, dtype=dtype), "slot_mapping": tensor(T, dtype=I32),
+                **scales(3, page_size, dtype is not None, static)}  # fmt: skip
         cases[name] = Case(args, (), batch.sizes, batch.values, page_size=page_size)
     return cases
 
 
 def qkv_cases():
-    def case(style, h, k, e, f, table, norms, offset=0.0):
+    def case(style, h, k, e, f, table, norms, offset=0.0, dtype=None, static=()):
         batch = Batch((3, 0, 20), (2, 0, 3), 1)
         weights = {n: tensor(e) if norms else None for n in ("q_weight", "k_weight")}
         args = {"qkv": tensor(T, (h + k) * e + k * f), "cos": tensor(T, table, dtype=F32), "sin": tensor(T, table, dtype=F32), **weights,
-                "k_cache": tensor(N, k, 16, e), "v_cache": tensor(N, k, 16, f), "slot_mapping": tensor(T, dtype=I32),
-                "num_heads": h, "num_kv_heads": k, "style": style, "eps": 1e-6, "offset": offset}  # fmt: skip
+                "k_cache": tensor(N, k, 16, e, dtype=dtype), "v_cache": tensor(N, k, 16, f, dtype=dtype), "slot_mapping": tensor(T, dtype=I32),
+                "num_heads": h, "num_kv_heads": k, "style": style, "eps": 1e-6, "offset": offset,
+                **scales(k, 16, dtype is not None, static)}  # fmt: skip
         return Case(args, (tensor(T, h, e),), batch.sizes, batch.values)
 
     return {
@@ -243,15 +258,19 @@ def qkv_cases():
         "partial": case("neox", 5, 5, 40, 24, 16, False),
         "gptj": case("gptj_half", 4, 2, 24, 40, 8, False),
         "dsv3": case("dsv3", 2, 1, 32, 32, 32, True),
+        "fp8": case("neox", 4, 2, 32, 40, 32, True, dtype=FP8),
+        "int8": case("gptj_half", 3, 3, 40, 24, 8, False, dtype=INT8),
+        "fp8_static": case("neox", 4, 2, 32, 32, 32, False, dtype=FP8, static=(2, 2)),
     }
 
 
 def attention_cases():
-    def case(batch, h=4, k=2, e=32, f=32, max_num_new=0, max_seqs=0, sinks=False, alibi=False, **features):
-        args = {"q": tensor(T, h, e), "k_cache": tensor(N, k, batch.page_size, e), "v_cache": tensor(N, k, batch.page_size, f),
+    def case(batch, h=4, k=2, e=32, f=32, max_num_new=0, max_seqs=0, sinks=False, alibi=False, dtype=None, **features):
+        scale = tensor(N, k, batch.page_size, dtype=F32) if dtype else None
+        args = {"q": tensor(T, h, e), "k_cache": tensor(N, k, batch.page_size, e, dtype=dtype), "v_cache": tensor(N, k, batch.page_size, f, dtype=dtype),
                 "cu_seqlens_q": tensor(S1, dtype=I32), "seq_lens": tensor(S, dtype=I32), "page_table": tensor(S, P, dtype=I32),
                 "sinks": tensor(h) if sinks else None, "alibi_slopes": tensor(h, dtype=F32) if alibi else None,
-                "scale": e**-0.5, **{"window": 0, "chunk": 0, "softcap": 0.0}, **features}  # fmt: skip
+                "scale": e**-0.5, **{"window": 0, "chunk": 0, "softcap": 0.0}, **features, "k_scale": scale, "v_scale": scale}  # fmt: skip
         return Case(args, (tensor(T, h, f),), batch.sizes, batch.values, max_num_new, max_seqs, batch.page_size)
 
     decode = Batch((0, 150, 0, 66), (1, 1, 0, 1), 3)
@@ -269,18 +288,22 @@ def attention_cases():
         "ragged_chunk": case(ragged, h=5, k=1, chunk=24),
         "causal": case(Batch((0, 70, 0, 33, 0, 200), (19, 1, 0, 140, 3, 77), 5, page_size=64), sinks=True),
         "causal_groups": case(Batch((64, 0), (130, 70), page_size=64), h=6, k=2, e=64, f=32),
+        "decode_fp8": case(decode, max_num_new=1, max_seqs=500, dtype=FP8),
+        "decode_split_int8": case(decode, max_num_new=1, max_seqs=32, h=3, k=1, e=40, f=24, softcap=5.0, sinks=True, dtype=INT8),
+        "ragged_fp8": case(ragged, h=6, k=2, e=40, f=72, alibi=True, dtype=FP8),
+        "ragged_window_int8": case(Batch((0, 70), (45, 30), page_size=8), window=21, dtype=INT8),
         "group_of_71": case(Batch((3,), (4,)), h=71, k=1, e=16, f=16),
     }
 
 
 def qkv_attention_cases():
-    def case(batch, style, h, k, e, f, table, norms=True, exact=True, max_seqs=0, sinks=False, **features):
+    def case(batch, style, h, k, e, f, table, norms=True, exact=True, max_seqs=0, sinks=False, dtype=None, static=(), **features):
         weights = {n: tensor(e) if norms else None for n in ("q_weight", "k_weight")}
         args = {"qkv": tensor(T, (h + k) * e + k * f), "cos": tensor(T, table, dtype=F32), "sin": tensor(T, table, dtype=F32), **weights,
-                "k_cache": tensor(N, k, 16, e), "v_cache": tensor(N, k, 16, f), "slot_mapping": tensor(T, dtype=I32), "cu_seqlens_q": tensor(S1, dtype=I32),
-                "seq_lens": tensor(S, dtype=I32), "page_table": tensor(S, P, dtype=I32), "sinks": tensor(h) if sinks else None, "num_heads": h,
-                "num_kv_heads": k, "style": style, "eps": 1e-5, "offset": 0.0, "scale": e**-0.5,
-                **{"window": 0, "chunk": 0, "softcap": 0.0}, **features}  # fmt: skip
+                "k_cache": tensor(N, k, 16, e, dtype=dtype), "v_cache": tensor(N, k, 16, f, dtype=dtype), "slot_mapping": tensor(T, dtype=I32),
+                "cu_seqlens_q": tensor(S1, dtype=I32), "seq_lens": tensor(S, dtype=I32), "page_table": tensor(S, P, dtype=I32),
+                "sinks": tensor(h) if sinks else None, "num_heads": h, "num_kv_heads": k, "style": style, "eps": 1e-5, "offset": 0.0, "scale": e**-0.5,
+                **{"window": 0, "chunk": 0, "softcap": 0.0}, **features, **scales(k, 16, dtype is not None, static)}  # fmt: skip
         return Case(args, (tensor(T, h, f),), batch.sizes, batch.values, 1 if exact else 0, max_seqs, exact=exact)
 
     decode = Batch((0, 150, 0, 66, 31), (1, 1, 0, 1, 1))
@@ -290,6 +313,8 @@ def qkv_attention_cases():
         "split_all": case(decode, "gptj_half", 3, 1, 40, 24, 12, max_seqs=16, window=50, softcap=5.0, sinks=True),
         "sinks": case(decode, "neox", 6, 2, 24, 24, 24, norms=False, max_seqs=500, sinks=True, chunk=64),
         "ragged": case(Batch((0, 70, 33), (19, 1, 7), 2), "neox", 4, 2, 32, 32, 32, exact=False),
+        "fp8": case(decode, "neox", 4, 2, 32, 40, 32, max_seqs=500, dtype=FP8),
+        "int8_split_all": case(decode, "neox", 6, 2, 40, 24, 24, norms=False, max_seqs=20, window=50, softcap=5.0, sinks=True, dtype=INT8, static=(1, 1)),
     }
 
 
@@ -349,8 +374,9 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
         candidates = distinct(candidates)
     for candidate in candidates if dtype == BF16 else candidates[:1]:
         inputs = let_go(call, case.inputs(call, device))
-        before = {n: inputs[n].clone() for n in OPS[op].states}
+        before = {n: inputs[n].clone() for n in states(call)}
         outputs, run = bind(candidate, call, inputs, case.sizes, [maker.kernel(launch.source) for launch in candidate.launches])
         run()
         # what a launch hands to the next one is rounded too
-        assert error(call, inputs, outputs, before) < TOLERANCE[dtype] * len(candidate.launches) ** 0.5, candidate.name
+        tolerance = QUANTIZED_TOLERANCE if call.args.get("k_scale") is not None else TOLERANCE[dtype]
+        assert error(call, inputs, outputs, before) < tolerance * len(candidate.launches) ** 0.5, candidate.name

@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _cast, _dot, _patch_tensor = Builder.cast_impl, Builder.create_dot, interpreter._patch_lang_tensor
+_fp_to_fp_of_triton = Builder.create_fp_to_fp
 
 
 def _bfloat16_to_float32(data):
@@ -34,6 +35,18 @@ def _cast_rounding(self, src, dst_type):
     return _cast(self, src, dst_type)
 
 
+def _fp_to_fp(self, src, dst_type, rounding_mode):
+    """float8 lies in uint8; Triton 3.6's interpreter does not carry where rounding overflows the mantissa. Hardware saturates."""
+    types = {tl.float8e4nv: torch.float8_e4m3fn}
+    if src.dtype.scalar in types:
+        exact = torch.from_numpy(np.array(src.data)).view(types[src.dtype.scalar]).float().numpy()
+        return self.cast_impl(Handle(exact, tl.float32), dst_type) if dst_type.scalar != tl.float32 else Handle(exact, tl.float32)
+    if dst_type.scalar in types:
+        exact = torch.from_numpy(np.array(self.cast_impl(src, tl.float32).data))
+        return Handle(exact.clamp(-448, 448).to(types[dst_type.scalar]).view(torch.uint8).numpy(), dst_type.scalar)
+    return _fp_to_fp_of_triton(self, src, dst_type, rounding_mode)
+
+
 def _dot_of_bfloat16(self, a, b, d, *rest):
     """The interpreter would multiply the uint16 patterns as integers."""
     a, b = (Handle(_bfloat16_to_float32(h.data), tl.float32) if h.dtype.scalar == tl.bfloat16 else h for h in (a, b))
@@ -46,7 +59,7 @@ def _index(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-Builder.cast_impl, Builder.create_dot, interpreter._patch_lang_tensor = _cast_rounding, _dot_of_bfloat16, _index
+Builder.cast_impl, Builder.create_dot, Builder.create_fp_to_fp, interpreter._patch_lang_tensor = _cast_rounding, _dot_of_bfloat16, _fp_to_fp, _index
 # patch tl.core once instead of at every call of tl.sum and its like
 interpreter._patch_lang(tl.sum.fn)
 interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
