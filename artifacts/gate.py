@@ -39,7 +39,7 @@ def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, 
     for i, check in enumerate(checks):
         progress(i, len(checks))
         call, candidate = check.restore()
-        worst = compare(call, check.steps, candidate, [loaded.get(x.kernel) for x in check.launches], device)
+        worst = Trial(call, check.steps, device).error(candidate, [loaded.get(x.kernel) for x in check.launches])
         for kernel in check.kernels:
             errors[kernel] = max(errors[kernel], worst)
             if worst > tolerance(call):
@@ -50,13 +50,26 @@ def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, 
     return record
 
 
-def compare(call: Call, steps: Steps, candidate: Candidate, kernels: Sequence[Loaded | None], device: torch.device) -> float:
-    """Largest relative error of a candidate over a small ragged step. `kernels`: one a launch, None for library calls."""
-    inputs, sizes = arguments(call, steps, device, _TOKENS, seed=sum(map(ord, call.op)))
-    before = {n: inputs[n].clone() for n in states(call)}
-    outputs, run = bind(candidate, call, inputs, sizes, kernels)
-    run()
-    return error(call, inputs, outputs, before)
+class Trial:
+    """One call over a small ragged step of random inputs: any number of candidates, compared with what the reference computed once."""
+
+    def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
+        self.call = call
+        self._inputs, self._sizes = arguments(call, steps, device, _TOKENS, seed=sum(map(ord, call.op)))
+        changed = states(call)
+        exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE else v for n, v in self._inputs.items()}
+        exact = {n: v.clone() if n in changed else v for n, v in exact.items()}
+        results = (OPS[call.op].reference if call.region is None else call.region)(*exact.values())
+        self._expected: list[torch.Tensor] = list(results) if isinstance(results, tuple) else [] if results is None else [results]
+        self._states = {n: exact[n] for n in changed}
+
+    def error(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
+        """The candidate's largest relative error, of outputs and states. `kernels`: one a launch, None for library calls."""
+        inputs = self._inputs | {n: self._inputs[n].clone() for n in self._states}  # a run changes the states
+        outputs, run = bind(candidate, self.call, inputs, self._sizes, kernels)
+        run()
+        pairs = [*zip(outputs, self._expected, strict=True), *((inputs[n], state) for n, state in self._states.items())]
+        return max(relative(actual, expected) for actual, expected in pairs)
 
 
 def tolerance(call: Call) -> float:
@@ -111,17 +124,6 @@ def bind(
 def _poisoned(tensor: Tensor, sizes: dict[str, int], device: torch.device) -> torch.Tensor:
     shape = [evaluate(d, sizes) for d in tensor.shape]
     return torch.full(shape, float("nan") if tensor.dtype.is_floating_point else -7, dtype=tensor.dtype, device=device)
-
-
-def error(call: Call, inputs: dict[str, Any], outputs: list[torch.Tensor], before: dict[str, torch.Tensor]) -> float:
-    """Largest relative error of outputs and states against the reference in float32; `before`: the states as they were."""
-    changed = states(call)
-    exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE else v for n, v in {**inputs, **before}.items()}
-    exact = {n: v.clone() if n in changed else v for n, v in exact.items()}
-    expected = (OPS[call.op].reference if call.region is None else call.region)(*exact.values())
-    expected = list(expected) if isinstance(expected, tuple) else [] if expected is None else [expected]
-    pairs = [*zip(outputs, expected, strict=True), *((inputs[n], exact[n]) for n in changed)]
-    return max(relative(a, b) for a, b in pairs)
 
 
 def states(call: Call) -> tuple[str, ...]:

@@ -29,12 +29,15 @@ from ingot.ops import OPS, Graph
 from ingot.ops.errors import IngotError
 from ingot.ops.target import Target, here, resolve
 
+from .call import dtype_name
 from .codegen.emit import Emitter
 from .inputs import Inputs, inputs_of
+from .outline import Outline
 from .pipeline import count, lower
-from .plan import dtype_name, plan
+from .plan import plan
 from .quantization import choose_online, num_elements, quantize_weights
-from .select import Selection, select
+from .select import select
+from .tuning import Table, table_for
 from .variants import VariantSpec, page_size, variants
 from .weights import bind, described, pack
 
@@ -61,6 +64,7 @@ class CompileOptions:
     dummy_weights: bool = False
     trust_remote_code: bool = False
     defer_gate: bool = False
+    tune: bool = False  # measure all candidates, whatever the tuning table says
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
     Raises IngotError subclasses for anything that the user can mend, before the long work starts where it can be known.
     """
     start = time.perf_counter()
-    job = _Job.prepare(model, options)
+    job = Job.prepare(model, options)
     store = Store(settings().home)
     found = store.find(job.inputs.key)
     if found is None:
@@ -97,7 +101,7 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
 
 
 @dataclass
-class _Job:
+class Job:
     """A compilation: everything that its key hashes."""
 
     source: source.ModelSource
@@ -107,9 +111,11 @@ class _Job:
     checkpoint: Checkpoint | None
     inputs: Inputs
     defer_gate: bool
+    table: Table
+    measure: bool
 
     @classmethod
-    def prepare(cls, model: str, options: CompileOptions) -> _Job:
+    def prepare(cls, model: str, options: CompileOptions) -> Job:
         found = source.resolve(model, trust_remote_code=options.trust_remote_code)
         target = resolve(options.target)
         if options.defer_gate and target.kind == "cuda":
@@ -120,6 +126,8 @@ class _Job:
             choose_online(options.quantize, target, exclude)  # an unknown name is found here
         elif exclude:
             raise CompileError("--quantize-exclude names weights that --quantize leaves alone; give --quantize too")
+        if options.tune and options.defer_gate:
+            raise CompileError("--tune measures kernels and --defer-gate runs none; give one of the two")
         if options.deterministic:
             raise CompileError("--deterministic is not available yet: reduction orders depend on the kernels that a step's size selects; compile without it")
         if options.kv_cache_dtype not in ("auto", *KV_DTYPES):
@@ -143,8 +151,11 @@ class _Job:
         if resolved.max_num_batched_tokens < resolved.max_num_seqs:
             raise CompileError(f"--max-num-batched-tokens {resolved.max_num_batched_tokens} is less than --max-num-seqs {resolved.max_num_seqs}: "
                                "a decode step takes a token of every sequence")  # fmt: skip
+        table = Table() if options.tune else table_for(target)
         checkpoint = None if options.dummy_weights else Checkpoint.open(found.folder)
-        return cls(found, target, resolved, dtype, checkpoint, inputs_of(found, checkpoint, target, resolved), options.defer_gate)
+        tuning = f"{table.name} {table.digest[:16]}" if table.name else "measured" if options.tune else "no table"
+        inputs = inputs_of(found, checkpoint, target, resolved, tuning)
+        return cls(found, target, resolved, dtype, checkpoint, inputs, options.defer_gate, table, options.tune)
 
     def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> None:
         seconds: dict[str, float] = {}
@@ -154,22 +165,18 @@ class _Job:
 
         dump = settings().dump
         done("prepare")
-        progress("trace", 0.0)
-        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
-        if self.options.quantize != "none":
-            traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
-        traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
-        done("trace")
-        progress("lower", 0.0)
-        graph, counts = lower(traced, self.target, dump)
-        done("lower")
-        specs = variants(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
+        graph, counts = self.lowered(progress, done)
+        specs = self.specs()
         with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
             emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
-            device = None if self.defer_gate else _device(self.target)
-            selection = select(graph, specs, self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)))
+            device = None if self.defer_gate else device_for(self.target)
+            outline = Outline.of(graph)
+            done("outline")
+            selection = select(graph, outline.calls, specs, self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)),
+                               self.table, measure=self.measure)  # fmt: skip
             done("kernels")
-            plans = [v for v in (_plan(graph, spec, selection) for spec in specs) if not v.capture or _capturable(v)]
+            planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for s in specs)
+            plans = [v for v in planned if not v.capture or _capturable(v)]
             for variant in plans:
                 writer.add_plan(variant)
             used = {e.kernel for v in plans for e in v.entries if e.backend != "torch"}
@@ -215,6 +222,23 @@ class _Job:
             report=report,
         )
 
+    def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
+        """The model's graph after all passes, and the number of calls after each. `done` is told when a stage ends."""
+        progress("trace", 0.0)
+        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
+        if self.options.quantize != "none":
+            traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
+        traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
+        done("trace")
+        progress("lower", 0.0)
+        lowered = lower(traced, self.target, settings().dump)
+        done("lower")
+        return lowered
+
+    def specs(self) -> list[VariantSpec]:
+        """The variants that the artifact gets."""
+        return variants(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
+
     def _model_info(self, graph: Graph) -> ModelInfo:
         config = self.source.config
         text = config.get_text_config(decoder=True)
@@ -231,10 +255,6 @@ class _Job:
         )
 
 
-def _plan(graph: Graph, spec: VariantSpec, selection: Selection) -> Variant:
-    return plan(graph, spec.steps, spec.name, selection.choose(spec.steps), capture=spec.capture)
-
-
 def _capturable(variant: Variant) -> bool:
     """Whether a CUDA graph can hold the plan: a reference that reads sizes on the host cannot be replayed. Without its decode
     variants a model decodes through the others, launched one by one, and `ingot inspect` shows none named decode."""
@@ -242,7 +262,7 @@ def _capturable(variant: Variant) -> bool:
     return not any(OPS[name].host_sync for name in dialect)
 
 
-def _device(target: Target) -> torch.device | None:
+def device_for(target: Target) -> torch.device | None:
     """The device that can run the target's kernels here, or None."""
     return torch.device(target.kind) if target.runs_on(here(target.kind)) else None
 

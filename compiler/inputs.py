@@ -21,7 +21,7 @@ from ingot.ops.target import Target
 from .codegen.tvm import c_compiler
 
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "triton": "triton", "apache-tvm": "tvm"}
-_SOURCES = ("ops/**/*.py", "compiler/**/*.py", "compiler/**/*.c", "models/**/*.py", "artifacts/**/*.py", "artifacts/tuned/*.json")
+_SOURCES = ("ops/**/*.py", "compiler/**/*.py", "compiler/**/*.c", "models/**/*.py", "artifacts/**/*.py")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Inputs:
         return sha256(json.dumps(self.short, sort_keys=True))
 
 
-def inputs_of(source: ModelSource, checkpoint: Checkpoint | None, target: Target, options: Options) -> Inputs:
-    """Everything that decides what comes out. `checkpoint` None: weights are drawn from seeds."""
+def inputs_of(source: ModelSource, checkpoint: Checkpoint | None, target: Target, options: Options, tuning: str) -> Inputs:
+    """Everything that decides what comes out. `checkpoint` None: weights are drawn from seeds. `tuning`: the table that chooses kernels."""
     compiler = dict(_compiler(target))
     versions = [f"{n} {v}" for n, v in compiler.items() if n in _PACKAGES]
     short = {
@@ -48,6 +48,7 @@ def inputs_of(source: ModelSource, checkpoint: Checkpoint | None, target: Target
         "tokenizer": sha256(b"".join(f.read_bytes() for f in sorted(source.tokenizer_files))),
         "target": str(target),
         "options": json.dumps(msgspec.to_builtins(options), sort_keys=True),
+        "tuning": tuning,
         "compiler": f"{sha256(json.dumps(compiler))[:16]} {', '.join(versions)}",
     }
     return Inputs(short, {"generation_config": source.generation_config, "compiler": compiler})

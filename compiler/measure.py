@@ -1,24 +1,56 @@
-"""How long a kernel takes on a GPU, the way that it will be run."""
+"""How long kernels take, the way that they will be run."""
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from ingot.artifacts import gate
+from ingot.artifacts.bound import Loaded
+from ingot.ops.kernel import Call, Candidate, Steps
 
-def seconds(runs: Sequence[Callable[[], None]]) -> float:
-    """Median time of one of `runs`, which do the same on different memory, in a CUDA graph of at least ten, since that is how they will be replayed."""
+MAX_COPIES = 15
+"""Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
+
+
+class Stopwatch:
+    """Times candidates of one call on the variant's largest step, on copies of its inputs.
+
+    There are enough copies that a GPU's cache cannot hold them all: in a step, it holds another layer's.
+    """
+
+    def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
+        self._call, self._device = call, device
+        inputs, self._sizes = gate.arguments(call, steps, device, steps.max_tokens, seed=1)
+        copies = 0
+        if device.type == "cuda":
+            nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
+            copies = min(math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / max(nbytes, 1)), MAX_COPIES)
+        self._inputs = [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))]
+
+    def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
+        """Of one run. `kernels`: one a launch, None for library calls."""
+        runs = [gate.bind(candidate, self._call, inputs, self._sizes, kernels)[1] for inputs in self._inputs]
+        return _cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0])
+
+
+def _cuda_seconds(runs: Sequence[Callable[[], None]]) -> float:
+    """Median time of one of `runs` in a CUDA graph of at least ten, since that is how they will be replayed."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         runs[0]()
     stream.synchronize()
     count = max(10, len(runs))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.stream(stream):
+        graph.capture_begin()  # torch.cuda.graph would empty the allocator's cache first
         for i in range(count):
             runs[i % len(runs)]()
+        graph.capture_end()
     times = []
     for _ in range(5):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -27,4 +59,15 @@ def seconds(runs: Sequence[Callable[[], None]]) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) / 1e3 / count)
+    return statistics.median(times)
+
+
+def _cpu_seconds(run: Callable[[], None], budget: float = 0.01) -> float:
+    """Median time over repetitions worth about `budget` seconds."""
+    run()
+    times: list[float] = []
+    while sum(times) < budget and len(times) < 50:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
     return statistics.median(times)

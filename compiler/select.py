@@ -1,17 +1,16 @@
 """Which kernel computes each call, and whether it agrees with the reference.
 
-On a GPU that is here, the fastest; else the first by rank, so that equal inputs give equal artifacts wherever they are compiled.
+The tuning table of the target's device decides; what it lacks, a GPU that is here decides by time, and else the rank, so that equal
+inputs (the table is one) give equal artifacts wherever they are compiled.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx
 
 from ingot.artifacts import gate
 from ingot.artifacts.bound import Loaded
@@ -23,12 +22,10 @@ from ingot.ops.kernel import Call, Candidate, Source, Steps, claimants
 from ingot.ops.target import Target
 
 from .codegen import region
-from .measure import seconds
-from .plan import Choice, call_of, reference_of
+from .measure import Stopwatch
+from .plan import Choice, reference_of
+from .tuning import Table, Tuned, fingerprint
 from .variants import VariantSpec
-
-MAX_COPIES = 15
-"""Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
 
 
 @dataclass
@@ -41,9 +38,10 @@ class Selection:
     checks: list[Check] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # microseconds of each candidate that passed
+    tuned: dict[str, Tuned] = field(default_factory=dict)  # entries for a tuning table, of what was measured
 
-    def choose(self, steps: Steps) -> Callable[[fx.Node, Call], Choice]:
-        return lambda node, call: self.choices[_key(call, steps)]
+    def choose(self, steps: Steps) -> Callable[[Call], Choice]:
+        return lambda call: self.choices[_key(call, steps)]
 
 
 def candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
@@ -66,97 +64,139 @@ Emit = Callable[[Iterable[Source]], dict[Source, tuple[Kernel, Loaded | None]]]
 """Compiles sources: the kernel as the artifact records it, and the loaded function when this machine can run it."""
 
 
-def select(graph: Graph, specs: list[VariantSpec], target: Target, emit: Emit, device: torch.device | None, progress: Callable[[int, int], None]) -> Selection:
-    """Choose for every dialect call of `graph` in every variant. `device`: where kernels are gated, and on a GPU timed; None defers it.
+def select(graph: Graph, calls: Iterable[Call], specs: Sequence[VariantSpec], target: Target, emit: Emit, device: torch.device | None,
+           progress: Callable[[int, int], None], table: Table, *, measure: bool = False) -> Selection:  # fmt: skip
+    """Choose for every one of `graph`'s `calls` in every variant. `device`: where kernels are gated, and on a GPU timed; None defers it.
+    `measure`: on a CPU too.
 
-    Raises `GateError` when a generated kernel was claimed and none of the claimants agrees with the reference.
+    Equal calls are one: the layers of a model differ in their weights alone. Raises `GateError` when a generated kernel was claimed
+    and none of the claimants agrees with the reference.
     """
     load_families(target)
-    wanted: dict[tuple[str, Steps], tuple[Call, Steps, list[Candidate]]] = {}
-    for spec in specs:
-        for node in graph.fx.nodes:
-            call = call_of(graph, node) if node.op == "call_function" else None
-            if call is not None and _key(call, spec.steps) not in wanted:
-                wanted[_key(call, spec.steps)] = (call, spec.steps, candidates(call, spec.steps, target))
-    tried = [c for _, _, found in wanted.values() for c in (found if _measures(device) else found[:1])]
-    sources = {launch.source: None for c in tried for launch in c.launches if launch.source.backend != "torch"}
-    emitted = emit(sources)
-    selection = Selection()
-    for i, (key, (call, steps, found)) in enumerate(wanted.items()):
-        progress(i, len(wanted))
-        choice = selection.choices[key] = _choose(call, steps, found, target, emitted, device, selection)
-        if (check := _check(graph, call, steps, choice)) is not None:
-            selection.checks.append(check)
-    progress(len(wanted), len(wanted))
-    return selection
+    unique = list({repr(call): call for call in calls}.values())
+    selector = _Selector(graph, target, emit, device, table, device is not None and (measure or device.type == "cuda"))
+    return selector.run([(call, spec.steps) for spec in specs for call in unique], progress)
 
 
-def _choose(call: Call, steps: Steps, found: list[Candidate], target: Target, emitted: dict[Source, tuple[Kernel, Loaded | None]],
-            device: torch.device | None, selection: Selection) -> Choice:  # fmt: skip
-    if not found and call.region is not None:
-        raise GateError(f"no kernel computes {call.op}, which was grouped for {target}; please report this")
-    if not found:
-        return Choice(None, (), f"no kernel family claims ingot.{call.op} for {target.isa.partition(':')[0]}; its reference runs")
-    ranked = f"first of {len(found)} by rank" if len(found) > 1 else "only claimant"
-    if device is None:
-        return _taken(found[0], emitted, None, ranked, selection)
-    passed: list[tuple[float, Candidate, float]] = []
-    for candidate in found if _measures(device) else found[:1]:
-        kernels = [None if launch.source.backend == "torch" else emitted[launch.source][1] for launch in candidate.launches]
-        worst = gate.compare(call, steps, candidate, kernels, device)
-        if worst > gate.tolerance(call):
-            selection.rejected.append(f"{candidate.name} for ingot.{call.op}: error {worst:.1e}")
-        else:
-            duration = _duration(call, steps, candidate, kernels, device) if _measures(device) else 0.0
-            passed.append((duration, candidate, worst))
-    if not passed:
-        raise GateError(f"no kernel for {call} agrees with the reference: {'; '.join(selection.rejected[-len(found) :])}; please report this")
-    passed.sort(key=lambda p: p[0])
-    _, best, worst = passed[0]
-    if not _measures(device):
-        return _taken(best, emitted, worst, ranked, selection)
-    selection.measured.setdefault(f"{call.op} {_weight_shape(call)} T≤{steps.max_tokens}", {c.name: round(d * 1e6, 2) for d, c, _ in passed})
-    return _taken(best, emitted, worst, f"fastest of {len(passed)} measured" if len(passed) > 1 else "only claimant", selection)
+@dataclass
+class _Wanted:
+    """A call of a variant, all candidates for it, and those that come into question, with the reason where it is one."""
+
+    call: Call
+    steps: Steps
+    found: list[Candidate]
+    tried: list[Candidate]
+    reason: str
 
 
-def _measures(device: torch.device | None) -> bool:
-    """Whether candidates are timed; else the first by rank alone is compiled."""
-    return device is not None and device.type == "cuda"
+_Use = tuple[str, bool, str, tuple[Source, ...]]
+"""A candidate of a call in any variant, of those with and without padding apart."""
+
+
+def _use(call: Call, steps: Steps, candidate: Candidate) -> _Use:
+    return repr(call), steps.exact, candidate.name, tuple(launch.source for launch in candidate.launches)
+
+
+class _Selector:
+    def __init__(self, graph: Graph, target: Target, emit: Emit, device: torch.device | None, table: Table, measures: bool) -> None:
+        self.graph, self.target, self.emit, self.device, self.table, self.measures = graph, target, emit, device, table, measures
+        self.selection = Selection()
+        self.emitted: dict[Source, tuple[Kernel, Loaded | None]] = {}
+        self.uses: dict[_Use, list[Steps]] = {}
+        self.gated: dict[_Use, float] = {}
+
+    def run(self, pairs: Sequence[tuple[Call, Steps]], progress: Callable[[int, int], None]) -> Selection:
+        wanted = [self._wanted(call, steps) for call, steps in pairs]
+        for w in wanted:
+            for c in w.tried:
+                self.uses.setdefault(_use(w.call, w.steps, c), []).append(w.steps)
+        self._emit(c for w in wanted for c in w.tried)
+        for i, w in enumerate(wanted):
+            progress(i, len(wanted))
+            choice = self.selection.choices[_key(w.call, w.steps)] = self._choose(w)
+            if (check := _check(self.graph, w.call, w.steps, choice)) is not None:
+                self.selection.checks.append(check)
+        progress(len(wanted), len(wanted))
+        return self.selection
+
+    def _wanted(self, call: Call, steps: Steps) -> _Wanted:
+        found = candidates(call, steps, self.target)
+        if len(found) <= 1:
+            return _Wanted(call, steps, found, found, "only claimant")
+        if (hit := self.table.find(call, steps, found)) is not None:
+            candidate, entry = hit
+            return _Wanted(call, steps, found, [candidate], f"fastest of {len(found)} in the tuning table {self.table.name}, {entry.us:g} µs")
+        return _Wanted(call, steps, found, found if self.measures else found[:1], f"first of {len(found)} by rank")
+
+    def _emit(self, wanted: Iterable[Candidate]) -> None:
+        sources = {launch.source: None for c in wanted for launch in c.launches if launch.source.backend != "torch"}
+        self.emitted |= self.emit([s for s in sources if s not in self.emitted])
+
+    def _choose(self, w: _Wanted) -> Choice:
+        call = w.call
+        if not w.found and call.region is not None:
+            raise GateError(f"no kernel computes {call.op}, which was grouped for {self.target}; please report this")
+        if not w.found:
+            return Choice(None, (), f"no kernel family claims ingot.{call.op} for {self.target.isa.partition(':')[0]}; its reference runs")
+        if self.device is None:
+            return self._taken(w.tried[0], None, w.reason)
+        passed = self._passing(w, w.tried)
+        if not passed and self.measures and len(w.tried) < len(w.found):  # what the table named is wrong here
+            rest = [c for c in w.found if c not in w.tried]
+            self._emit(rest)
+            passed = self._passing(w, rest)
+        if not passed:
+            raise GateError(f"no kernel for {call} agrees with the reference: {'; '.join(self.selection.rejected[-len(w.found) :])}; please report this")
+        best, reason = (passed[0], w.reason) if len(w.tried) == 1 == len(passed) else self._fastest(w, passed)
+        return self._taken(best, self.gated[_use(call, w.steps, best)], reason)
+
+    def _passing(self, w: _Wanted, tried: Sequence[Candidate]) -> list[Candidate]:
+        """Those that agree with the reference. A kernel that serves many variants is run in the least and the largest: the others lie between."""
+        trial: gate.Trial | None = None
+        passed = []
+        for candidate in tried:
+            use = _use(w.call, w.steps, candidate)
+            steps = self.uses.get(use, [w.steps])
+            if use not in self.gated or w.steps in (steps[0], steps[-1]):
+                assert self.device is not None
+                trial = trial or gate.Trial(w.call, w.steps, self.device)
+                self.gated[use] = max(self.gated.get(use, 0.0), trial.error(candidate, self._loaded(candidate)))
+            if self.gated[use] <= gate.tolerance(w.call):
+                passed.append(candidate)
+            else:
+                self.selection.rejected.append(f"{candidate.name} for ingot.{w.call.op}: error {self.gated[use]:.1e}")
+        return passed
+
+    def _fastest(self, w: _Wanted, passed: list[Candidate]) -> tuple[Candidate, str]:
+        assert self.device is not None
+        watch = Stopwatch(w.call, w.steps, self.device)
+        seconds = {c.name: watch.seconds(c, self._loaded(c)) for c in passed}
+        best = min(passed, key=lambda c: seconds[c.name])
+        label = f"{w.call.op} {_weight_shape(w.call)} T≤{w.steps.max_tokens}"
+        self.selection.measured.setdefault(label, {n: round(s * 1e6, 2) for n, s in sorted(seconds.items(), key=lambda i: i[1])})
+        self.selection.tuned[fingerprint(w.call, w.steps, w.found)] = Tuned(label, best.name, round(seconds[best.name] * 1e6, 2))
+        return best, f"fastest of {len(passed)} measured"
+
+    def _loaded(self, candidate: Candidate) -> list[Loaded | None]:
+        return [None if launch.source.backend == "torch" else self.emitted[launch.source][1] for launch in candidate.launches]
+
+    def _taken(self, candidate: Candidate, error: float | None, reason: str) -> Choice:
+        names, selection = [], self.selection
+        for launch in candidate.launches:
+            if launch.source.backend == "torch":
+                names.append(launch.source.symbol)
+                continue
+            kernel = self.emitted[launch.source][0]
+            names.append(kernel.name)
+            selection.kernels[kernel.name] = kernel
+            if error is not None:
+                selection.errors[kernel.name] = max(error, selection.errors.get(kernel.name, 0.0))
+        return Choice(candidate, tuple(names), f"{candidate.name}: {reason}")
 
 
 def _weight_shape(call: Call) -> str:
     weight = call.args.get("weight")
     return "×".join(map(str, weight.shape)) if hasattr(weight, "shape") else ""
-
-
-def _taken(candidate: Candidate, emitted: dict[Source, tuple[Kernel, Loaded | None]], error: float | None, reason: str, selection: Selection) -> Choice:
-    names = []
-    for launch in candidate.launches:
-        if launch.source.backend == "torch":
-            names.append(launch.source.symbol)
-            continue
-        kernel = emitted[launch.source][0]
-        names.append(kernel.name)
-        selection.kernels[kernel.name] = kernel
-        if error is not None:
-            selection.errors[kernel.name] = max(error, selection.errors.get(kernel.name, 0.0))
-    return Choice(candidate, tuple(names), f"{candidate.name}: {reason}")
-
-
-def _duration(call: Call, steps: Steps, candidate: Candidate, kernels: list[Loaded | None], device: torch.device) -> float:
-    """Seconds of the variant's largest step."""
-    inputs, sizes = gate.arguments(call, steps, device, steps.max_tokens, seed=1)
-    _, run = gate.bind(candidate, call, inputs, sizes, kernels)
-    return seconds([run, *_elsewhere(candidate, call, inputs, sizes, kernels, device)])
-
-
-def _elsewhere(candidate: Candidate, call: Call, inputs: dict[str, object], sizes: dict[str, int], kernels: Sequence[Loaded | None],
-               device: torch.device) -> list[Callable[[], None]]:  # fmt: skip
-    """The same run on copies of its inputs, enough of them that the cache cannot hold them all: in a step, it holds another layer's."""
-    nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
-    copies = min(math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / max(nbytes, 1)), MAX_COPIES)
-    made = [{n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies)]
-    return [gate.bind(candidate, call, copy, sizes, kernels)[1] for copy in made]
 
 
 def _check(graph: Graph, call: Call, steps: Steps, choice: Choice) -> Check | None:

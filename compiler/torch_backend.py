@@ -25,11 +25,13 @@ from ingot.ops.errors import IngotError
 from ingot.ops.kernel import Call, Steps
 from ingot.ops.target import host
 
+from .call import call_of
 from .codegen.emit import Emitter
 from .from_function import from_function
 from .pipeline import lower
-from .plan import Choice, call_of
+from .plan import Choice
 from .select import select
+from .tuning import Table
 from .variants import VariantSpec
 
 _STEPS = Steps(max_tokens=1, max_seqs=1, max_num_new=1, max_rows=1, exact=False)  # all sizes are numbers
@@ -128,11 +130,8 @@ def _compile(module: fx.GraphModule, args: Sequence[Any]) -> _Program:
             loaded.update({kernel.name: function for kernel, function in emitted.values()})
             return emitted
 
-        selection = select(graph, [VariantSpec("function", _STEPS, False)], target, emit, _DEVICE, lambda done, of: None)
+        calls = {n.name: call for n in graph.fx.nodes if n.op == "call_function" and (call := call_of(graph, n)) is not None}
+        selection = select(graph, calls.values(), [VariantSpec("function", _STEPS, False)], target, emit, _DEVICE, lambda done, of: None, Table())
     choose = selection.choose(_STEPS)
-    chosen: dict[str, tuple[Call, Choice]] = {}
-    for node in graph.fx.nodes:
-        call = call_of(graph, node) if node.op == "call_function" else None
-        if call is not None and not gate.states(call) and choose(node, call).candidate is not None:
-            chosen[node.name] = call, choose(node, call)
+    chosen = {name: (call, choose(call)) for name, call in calls.items() if not gate.states(call) and choose(call).candidate is not None}
     return _Program(graph, {f"arg{i}": i for i in range(len(args)) if f"arg{i}" in tensors}, _Runner(graph, chosen, loaded))

@@ -8,7 +8,7 @@ import typer
 
 from ingot.ops.errors import IngotError
 
-from .commands import artifacts, bench, compile, generate, inspect, models, serve
+from .commands import artifacts, bench, compile, generate, inspect, models, serve, tune
 
 app = typer.Typer(
     name="ingot",
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("compile")(compile.compile_command)
+app.command("tune")(tune.tune_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("models")(models.models_command)
 app.command("generate")(generate.generate_command)

@@ -31,6 +31,7 @@ class CompileFlags:
     deterministic: Annotated[bool, _option("--deterministic", help="A request's tokens do not depend on its batch.")] = False
     dummy_weights: Annotated[bool, _option("--dummy-weights", help="Random weights: the artifact stores a seed.")] = False
     defer_gate: Annotated[bool, _option("--defer-gate", help="Compare no kernel with its reference now; `ingot artifacts verify --gate` does it.")] = False
+    tune: Annotated[bool, _option("--tune", help="Measure every kernel, whatever the tuning table says.")] = False
     trust_remote_code: Annotated[bool, _option("--trust-remote-code", help="Run modeling code that comes with the checkpoint.")] = False
 
     @property

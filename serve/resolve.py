@@ -96,6 +96,7 @@ def _checkpoint(name: str) -> Iterator[str]:
 def _compiler() -> Iterator[str]:
     for package in ("ops", "artifacts", "models", "compiler"):
         yield from _stats(_package(package).rglob("*.py"))
+    yield from _stats((_package("artifacts") / "tuned").glob("*.json"))
     for distribution in ("ingot", "torch", "transformers", "triton", "apache-tvm"):
         yield from (f"{d.name} {d.version}" for d in importlib.metadata.distributions(name=distribution))
 

@@ -11,9 +11,9 @@ from ingot.ops import Graph, InputSpec
 from ingot.ops.graph import VIEW_OPS, Region
 from ingot.ops.target import Target
 
+from ..call import region_call
 from ..codegen.region import claimed
 from ..from_function import from_function
-from ..plan import region_call
 
 
 def group_regions(graph: Graph, target: Target) -> Graph:

@@ -1,0 +1,54 @@
+"""`ingot tune`: measure every candidate of every call of some models, and write which were fastest as the device's tuning table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ingot.artifacts.settings import settings
+from ingot.artifacts.store import Store
+
+from .build import CompileOptions, Job, Progress, device_for
+from .codegen.emit import Emitter
+from .outline import Outline
+from .select import select
+from .tuning import SHIPPED, Tuned, TuningError, slug, write
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """The table's file, how many entries it has, and what the numeric gate rejected."""
+
+    path: Path
+    entries: int
+    rejected: list[str]
+
+
+def tune(models: Sequence[str], options: CompileOptions, output: Path | None, progress: Progress = lambda stage, done: None) -> TuneReport:
+    """Measure on this machine's device and write the table, to `output` or where this installation's compiler reads it.
+
+    Weights are made up, so that a model's folder needs no more than its config.json. Raises TuningError without the device.
+    """
+    entries: dict[str, Tuned] = {}
+    rejected: list[str] = []
+    for model in models:
+        job = Job.prepare(model, replace(options, dummy_weights=True, tune=True))
+        device = device_for(job.target)
+        if device is None or not job.target.device:
+            raise TuningError(f"{job.target} is not here to measure on: run `ingot tune` on a machine that has it")
+        graph, _ = job.lowered(lambda stage, done, model=model: progress(f"{model}: {stage}", done), lambda stage: None)  # type: ignore[misc]
+        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
+            emitter = Emitter(job.target, Store(settings().home), Path(folder), _stage(progress, f"{model}: compile kernels"))
+            stage = _stage(progress, f"{model}: measure")
+            selection = select(graph, Outline.of(graph).calls, job.specs(), job.target, emitter, device, stage, job.table, measure=True)
+        entries |= selection.tuned
+        rejected += selection.rejected
+    path = output or SHIPPED / f"{slug(job.target.device)}.json"
+    write(path, job.target, entries)
+    return TuneReport(path, len(entries), rejected)
+
+
+def _stage(progress: Progress, name: str):
+    return lambda done, of: progress(name, done / max(of, 1))

@@ -1,0 +1,100 @@
+"""Tuning tables: which candidate was fastest for a call when all of them were measured on a device.
+
+`artifacts/tuned/<device>.json` is one; `ingot tune` writes it. An entry is found by a hash of everything that the measurement
+depended on: the call, the steps, and every candidate with its sources. Where a kernel family has changed since, its entries are
+not found any more, and its candidates are measured again, or ranked where the device is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+import ingot.artifacts
+from ingot.ops.errors import IngotError
+from ingot.ops.kernel import Call, Candidate, Steps
+from ingot.ops.target import Target
+
+SHIPPED = Path(ingot.artifacts.__file__).parent / "tuned"
+
+
+class TuningError(IngotError):
+    """A tuning table cannot be read or written."""
+
+
+class Tuned(msgspec.Struct, frozen=True):
+    """The fastest candidate of a call, its microseconds, and the call's name for people."""
+
+    call: str
+    candidate: str
+    us: float
+
+
+class _File(msgspec.Struct):
+    device: str
+    isa: str
+    entries: dict[str, Tuned]
+
+
+@dataclass
+class Table:
+    """Of one device. `name`: the file that it came from, "" for none; `digest` is part of the artifact's key."""
+
+    name: str = ""
+    digest: str = ""
+    entries: dict[str, Tuned] = field(default_factory=dict)
+
+    def find(self, call: Call, steps: Steps, found: Sequence[Candidate]) -> tuple[Candidate, Tuned] | None:
+        """The candidate to take, when these candidates were measured before."""
+        entry = self.entries.get(fingerprint(call, steps, found)) if self.entries else None
+        return None if entry is None else (next(c for c in found if c.name == entry.candidate), entry)
+
+
+def table_for(target: Target) -> Table:
+    """The table of the target's device; for a target without one, the first of its instruction set. TuningError when it is damaged."""
+    if target.device:
+        path = SHIPPED / f"{slug(target.device)}.json"
+        return _read(path)[1] if path.is_file() else Table()
+    for path in sorted(SHIPPED.glob("*.json")):
+        file, table = _read(path)
+        if file.isa == target.isa:
+            return table
+    return Table()
+
+
+def _read(path: Path) -> tuple[_File, Table]:
+    try:
+        data = path.read_bytes()
+        file = msgspec.json.decode(data, type=_File)
+    except (OSError, msgspec.DecodeError) as error:
+        raise TuningError(f"{path} is not a tuning table: {error}; write it again with `ingot tune`, or delete it") from error
+    return file, Table(path.name, hashlib.sha256(data).hexdigest(), file.entries)
+
+
+def write(path: Path, target: Target, entries: dict[str, Tuned]) -> None:
+    """Write the table of the target's device: an entry a line, in the order of calls, so that two tables can be compared. TuningError."""
+    ordered = sorted(entries.items(), key=lambda e: (e[1].call, e[0]))
+    lines = [f'  "{key}": {msgspec.json.encode(entry).decode()}' for key, entry in ordered]
+    text = f'{{"device": {json.dumps(target.device)}, "isa": {json.dumps(target.isa)}, "entries": {{\n' + ",\n".join(lines) + "\n}}\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise TuningError(f"cannot write {path}: {error.strerror}; give another file with -o") from error
+
+
+def slug(device: str) -> str:
+    """A file's name: "NVIDIA H200" → "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def fingerprint(call: Call, steps: Steps, found: Sequence[Candidate]) -> str:
+    """16 hexadecimal digits of the call, the steps and the candidates, in whatever order they rank."""
+    parts = [repr(call), repr(steps), *sorted(repr(replace(c, rank=0.0)) for c in found)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
