@@ -8,6 +8,7 @@ import re
 
 import msgspec
 
+from .cuda import first_device
 from .errors import IngotError
 
 GPU_ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -65,12 +66,8 @@ def host() -> Target:
 
 def gpu() -> Target | None:
     """This machine's first GPU, or None."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return Target("cuda", f"sm_{major}{minor}", torch.cuda.get_device_name())
+    device = first_device()
+    return None if device is None else Target("cuda", "sm_{}{}".format(*device.capability), device.name)
 
 
 def here(kind: str) -> Target | None:

@@ -25,6 +25,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
     (does not fit) before weights are read.
     """
     start = time.perf_counter()
+    progress("check the artifact", 0.0)
     artifact = Artifact.open(path)
     manifest = artifact.manifest
     check_runs_here(manifest.target, f"ingot compile {manifest.model.name} --target auto")
@@ -32,6 +33,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
         torch.set_num_threads(options.num_threads or settings().num_threads)
     refuse_failed(artifact)
     plans = {name: artifact.plan(name) for name in manifest.variants}
+    progress("plan memory", 0.0)  # and wait for the GPU's context
     memory = plan_memory(
         artifact,
         max(v.arena_bytes for v in plans.values()),
@@ -39,6 +41,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
         utilization=options.gpu_memory_utilization,
         num_pages=options.num_pages,
     )
+    progress("load kernels", 0.0)
     executor = Executor(artifact, plans, memory, progress)
     tokenizer = Tokenizer(artifact.root / "tokenizer") if (artifact.root / "tokenizer" / "tokenizer.json").exists() else None
     engine = Engine(executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching,

@@ -6,14 +6,13 @@ import importlib
 import json
 import signal
 import socket
-import sys
 
 from ingot.ops.errors import IngotError
 from ingot.runtime.engine import Engine, EngineOptions
 from ingot.runtime.request import RequestError
 
 from .messages import Abort, Add, Command, Event, Failed, Loading, Ready, Rejected, Step, decode_command, frame, take_frames
-from .process import age
+from .process import Stages, age
 
 
 class ServerGone(Exception):
@@ -67,19 +66,20 @@ def serve(engine: Engine, connection: Connection) -> None:
             connection.send(Step(engine.step(), engine.stats()))
 
 
-def main() -> int:
-    """Load, say so, serve."""
+def run(fd: int, config_json: str, stages: Stages) -> int:
+    """Load what `config_json` (an EngineConfig) says, say so on the socket `fd`, serve; the exit code."""
     # A Ctrl-C or a service manager signals the whole group; the server drains first and then closes the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = Connection(socket.socket(fileno=int(sys.argv[1])))
-    config = json.loads(sys.argv[2])
+    connection = Connection(socket.socket(fileno=fd))
+    config = json.loads(config_json)
     module, _, function = config["factory"].partition(":")
     try:
         load = getattr(importlib.import_module(module), function)
         options = EngineOptions(**config["options"])
-        engine = load(config["artifact"], options, progress=lambda stage, fraction: connection.send(Loading(stage, fraction)))
-        connection.send(Ready(age(), engine.max_model_len, engine.info.vocab_size))
+        engine = load(config["artifact"], options, progress=stages.watching(lambda stage, fraction: connection.send(Loading(stage, fraction))))
+        stages.enter("ready")
+        connection.send(Ready(age(), stages.seconds, engine.max_model_len, engine.info.vocab_size))
         serve(engine, connection)
     except IngotError as error:
         connection.send(Failed(str(error)))
@@ -87,7 +87,3 @@ def main() -> int:
     except ServerGone:
         return 0
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

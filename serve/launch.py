@@ -61,7 +61,7 @@ def spawn_engine(config: EngineConfig) -> tuple[subprocess.Popen[bytes], socket.
     ours, theirs = socket.socketpair()
     with theirs:
         # -P: modules in the current folder must not shadow libraries.
-        command = [sys.executable, "-P", "-m", "ingot.serve.engine_process", str(theirs.fileno()), json.dumps(asdict(config))]
+        command = [sys.executable, "-P", "-m", "ingot.serve.engine_main", str(theirs.fileno()), json.dumps(asdict(config))]
         process = subprocess.Popen(command, env=_SPIN | os.environ, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     return process, ours
 

@@ -30,9 +30,10 @@ class Loading(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine takes requests. `seconds` from the start of its process."""
+    """The engine takes requests. `seconds` from the start of its process, and what they were spent on, in order."""
 
     seconds: float
+    stages: dict[str, float]
     max_model_len: int
     vocab_size: int
 

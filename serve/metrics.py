@@ -28,6 +28,7 @@ class Metrics:
         self.inter_token = Histogram("ingot_inter_token_latency_seconds", "Between two tokens of a request", buckets=_SECONDS, **registry)
         self.end_to_end = Histogram("ingot_request_latency_seconds", "From a request's begin to its end", buckets=_SECONDS, **registry)
         self.ready_seconds = Gauge("ingot_ready_seconds", "From the server's start to ready", **registry)
+        self.start_seconds = Gauge("ingot_engine_start_seconds", "What the engine's process did until it was ready", ["stage"], **registry)
         self.sequences = Gauge("ingot_sequences", "Sequences in the engine", ["state"], **registry)
         self.pages = Gauge("ingot_kv_pages", "Pages of the KV cache", ["group", "state"], **registry)
         self.preemptions = Gauge("ingot_preemptions", "Sequences that had to be computed again since the start", **registry)

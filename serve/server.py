@@ -40,6 +40,8 @@ async def _serve(config: ServerConfig, listener: socket.socket, sock: socket.soc
         if client.ready.done():
             seconds = age()
             metrics.ready_seconds.set(seconds)
+            for stage, spent in client.ready.result().stages.items():
+                metrics.start_seconds.labels(stage).set(spent)
             print(f"ready: {_url(listener)} serves {service.model.name} after {seconds:.1f} s", flush=True)
         await asyncio.wait((client.lost, serving), return_when=asyncio.FIRST_COMPLETED)
         if serving.done():

@@ -1,8 +1,11 @@
-"""`ingot bench startup`: from the start of a process to its first token, each time a new process."""
+"""`ingot bench startup`: from the start of a server's process to the first token that it sends, each time a new server."""
 
 from __future__ import annotations
 
+import http.client
 import json
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,25 +18,46 @@ from ingot.ops.errors import IngotError
 
 
 class StartFailed(IngotError):
-    """The process that was to be timed did not succeed."""
+    """The server that was to be timed did not start, or did not answer."""
 
 
 def run(path: Path, repeats: int, progress: Callable[[str, float], None]) -> dict[str, Any]:
-    """Medians in seconds: `ready` when requests are taken, `first_token`, and the whole `process`. The first run may read a cold disk: it is given apart."""
+    """Medians in seconds: `ready` when requests are taken, `first_token`, and the engine's stages, which end when it is ready.
+
+    The first run may read a cold disk: it is given apart.
+    """
     runs = []
     for i in range(repeats + 1):
         progress(f"start {i + 1} of {repeats + 1}", i / (repeats + 1))
         runs.append(_start(path))
-    medians = {name: statistics.median(r[name] for r in runs[1:]) for name in runs[0]}
-    return {"artifact": str(path), "seconds": medians, "first_run_seconds": runs[0]}
+    stages = {name: statistics.median(r["stages"].get(name, 0.0) for r in runs[1:]) for name in runs[-1]["stages"]}
+    medians = {name: statistics.median(r[name] for r in runs[1:]) for name in ("ready", "first_token")}
+    return {"artifact": str(path), "seconds": medians, "stages": stages, "first_run_seconds": {name: runs[0][name] for name in medians}}
 
 
-def _start(path: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "ingot.serve.cli", "generate", str(path), "--prompt-ids", "1,2,3", "--max-tokens", "1", "--ignore-eos", "--json"]
+def _start(path: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "ingot.serve.cli", "serve", str(path), "--port", "0"]
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise StartFailed(f"{' '.join(command[2:])} failed: {done.stderr.strip()}")
-    timing = json.loads(done.stdout)["timing"]
-    return {"ready": timing["ready"], "first_token": timing["ready"] + timing["first_token"], "process": seconds}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stderr is not None
+        found = re.match(r"ready: http://([\d.]+):(\d+) ", server.stdout.readline())
+        ready = time.perf_counter() - begin
+        if found is None:
+            raise StartFailed(f"{' '.join(command[2:])} failed: {server.stderr.read().strip()}")
+        connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=60)
+        body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1, "ignore_eos": True, "temperature": 0})
+        answer = _ask(connection, "POST", "/v1/completions", body)
+        first_token = time.perf_counter() - begin
+        if '"finish_reason":"length"' not in answer:
+            raise StartFailed(f"the server did not generate: {answer}")
+        text = _ask(connection, "GET", "/metrics")
+        connection.close()
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+    stages = {name: float(value) for name, value in re.findall(r'(?m)^ingot_engine_start_seconds\{stage="(.*)"\} (\S+)$', text)}
+    return {"ready": ready, "first_token": first_token, "stages": stages}
+
+
+def _ask(connection: http.client.HTTPConnection, method: str, path: str, body: str | None = None) -> str:
+    connection.request(method, path, body, {"content-type": "application/json"})
+    return connection.getresponse().read().decode()
