@@ -1,10 +1,11 @@
-"""Attention over a paged KV cache.
+"""Attention: over a paged KV cache, and over whole packed sequences.
 
 T tokens of S sequences, packed; H query heads, K kv heads, E head dim of q and k, F of v; a cache holds N pages of
 `page_size` tokens as [N, K, page_size, E or F]. Step inputs, all int32: `cu_seqlens_q` [S+1] delimits the new tokens of
 each sequence; `seq_lens` [S] counts cached plus new tokens (0: a padding row, whose output is zero); `page_table` [S, P]
 lists each sequence's pages; `slot_mapping` [T] is page · page_size + offset of each new token (−1: do not write).
-Prefill, chunked prefill, decode and verification are this one path.
+Prefill, chunked prefill, decode and verification are this one path. Encoders have no cache: `packed_attention` reads k and v
+of the step itself.
 
 A quantized cache (`ops.quantize.LARGEST` lists the dtypes) has a scale for each head and token beside it: `k_scale` and `v_scale`, float32
 [N, K, page_size], with cached value · scale = k or v. The scale is chosen when a token is written, from its own largest element, or is the
@@ -12,6 +13,8 @@ one that a calibrated checkpoint brings for the layer (`k_static`, `v_static`, f
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 
@@ -88,6 +91,26 @@ def _cached(cache: torch.Tensor, scale: torch.Tensor | None, pages: torch.Tensor
     if scale is not None:
         values = values * scale[pages].unsqueeze(-1)
     return values.transpose(1, 2).flatten(0, 1)[:length]
+
+
+@op("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, float scale, int window=0) -> Tensor",
+    fake=lambda q, k, v, *rest: q.new_empty(q.shape[0], q.shape[1], v.shape[2]), host_sync=True)  # fmt: skip
+def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
+    """softmax(scale · q kᵀ) v of q [T, H, E], k [T, K, E], v [T, K, F] within each sequence, in both directions → [T, H, F].
+
+    Softmax in float32. `window` w > 0 sees positions less than w away. Tokens after the last sequence get zeros.
+    """
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    group = q.shape[1] // k.shape[1]
+    starts = cu_seqlens_q.tolist()
+    for begin, end in pairwise(starts):
+        keys, values = (t[begin:end].float().repeat_interleave(group, 1) for t in (k, v))
+        scores = torch.einsum("qhe,khe->hqk", q[begin:end].float(), keys) * scale
+        if window > 0:
+            positions = torch.arange(end - begin, device=q.device)
+            scores = scores.masked_fill((positions[:, None] - positions).abs() >= window, float("-inf"))
+        out[begin:end] = torch.einsum("hqk,khf->qhf", scores.softmax(-1), values).to(q.dtype)
+    return out
 
 
 @op("qkv_rope_kv_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "

@@ -1,4 +1,4 @@
-"""Torch's own matrix libraries (cuBLAS, oneDNN) as claimants: they write into a given output, and are called by name.
+"""Torch's own libraries (cuBLAS, oneDNN, attention on a CPU) as claimants: they write into a given output, and are called by name.
 
 They compete with generated kernels like any family, and win where matrices are large.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from .chain import chain
 from .kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claimants, claims
@@ -39,6 +41,22 @@ def addmm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, addend: torc
 def add(out: torch.Tensor, bias: torch.Tensor) -> None:
     """out [T, N] += bias [N]."""
     out.add_(bias)
+
+
+@_call
+def packed_attention(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float, window: int) -> None:
+    """The op of this name on a CPU, one sequence after the other: torch's blocked attention, whose products are the BLAS library's."""
+    starts = cu_seqlens_q.tolist()
+    for begin, end in pairwise(starts):
+        heads = [t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        mask = None
+        if 0 < window < end - begin:
+            positions = torch.arange(end - begin)
+            mask = (positions[:, None] - positions).abs() < window
+        if begin < end:
+            y = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            out[begin:end] = y.squeeze(0).transpose(0, 1)
+    out[starts[-1] :] = 0
 
 
 def _launch(name: str, *operands: Operand) -> Launch:
@@ -77,3 +95,15 @@ def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     inner = Call("glu", {"gate_up": gate_up, "act": call.args["act"]}, call.results)
     product = Candidate("library", (_launch("mm", _OUT, _X, _WEIGHT),))
     return [replace(chain(product, gate_up, "gate_up", glu), rank=_rank(steps)) for glu in claimants(inner, steps, target)[:1]]
+
+
+@claims("packed_attention", "torch")
+def packed_attention_claim(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """On a CPU this is the only claimant. A sequence attends to itself alone, so each is a dense problem of matrix products over
+    n × n scores, which is what a BLAS does best (n is tens to thousands, never 1); a generated kernel earns its place where
+    pages are gathered or one row is computed, and neither happens here. A GPU would wait for the host to read `cu_seqlens_q`.
+    """
+    if target.kind != "cpu":
+        return []
+    operands = (_OUT, *(Operand(arg=n) for n in ("q", "k", "v", "cu_seqlens_q")), Operand(const=call.args["scale"]), Operand(const=call.args["window"]))
+    return [Candidate("library", (_launch("packed_attention", *operands),))]

@@ -48,7 +48,7 @@ def _batch(sizes: dict[str, int], page_size: int, context: int, generator: torch
     slots = pages[seq, positions // page_size] * page_size + positions % page_size
     return {
         "cu_seqlens_q": starts, "seq_lens": lens, "page_table": pages, "slot_mapping": slots, "positions": positions,
-        "num_pages": seqs * width, "width": width,
+        "num_pages": seqs * width, "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-FAMILIES = ("attention", "causal_attention", "decode_attention", "embedding", "glu", "kv_cache", "linear", "norm", "rotary")
+FAMILIES = ("attention", "causal_attention", "decode_attention", "embedding", "glu", "kv_cache", "linear", "norm", "packed_attention", "pooling", "rotary")
 
 
 def load() -> None:

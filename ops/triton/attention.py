@@ -206,7 +206,7 @@ class Tile:
         return (self.m * (e + self.n) + blocks * self.n * (e + f)) * itemsize
 
 
-def _tiles(rows: int | None, target: Target, group: int, e: int, f: int, itemsize: int) -> list[Tile]:
+def tiles(rows: int | None, target: Target, group: int, e: int, f: int, itemsize: int) -> list[Tile]:
     """Tiles that fit in shared memory, best first; `rows`: the most rows that a sequence brings, None when they are many."""
     least = max(16, power_of_two(group))
     if rows is not None:
@@ -256,11 +256,11 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         scratch = (Tensor(torch.float32, (parts, f)), Tensor(torch.float32, (parts,)))
         outputs = {"out": Operand(scratch=0), "lse": Operand(scratch=1)}
     found = []
-    for rank, t in enumerate(_tiles(steps.max_num_new * group if decode else None, target, group, block_e, block_f, q.dtype.itemsize)):
+    for rank, t in enumerate(tiles(steps.max_num_new * group if decode else None, target, group, block_e, block_f, q.dtype.itemsize)):
         block_q = t.m // group
-        tiles = (plus(seqs, 1), 1) if decode else (plus(tokens, seqs, block_q), block_q)
+        numbered = (plus(seqs, 1), 1) if decode else (plus(tokens, seqs, block_q), block_q)
         blocks = constants | {"BLOCK_M": t.m, "BLOCK_N": t.n} | ({} if splits > 1 else {"lse": None})
-        first = launch(call, [attention_kernel, attend, tanh], inputs | per_head | outputs | sizes, blocks, (tiles, (kv_heads, 1), (splits, 1)),
+        first = launch(call, [attention_kernel, attend, tanh], inputs | per_head | outputs | sizes, blocks, (numbered, (kv_heads, 1), (splits, 1)),
                        scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
         launches = [first]
         if splits > 1:

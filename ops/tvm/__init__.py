@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "norm", "quantized_linear", "rotary")
+FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "norm", "pooling", "quantized_linear", "rotary")
 
 
 def load() -> None:

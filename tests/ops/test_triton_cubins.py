@@ -49,6 +49,9 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
                                    **written}, (q,)),
         Call("paged_attention", {"q": q, **cache, **batch, "sinks": Tensor(dtype, (h,)), "alibi_slopes": None, "scale": e**-0.5, "window": 0, "chunk": 0,
                                  "softcap": 0.0, **scales}, (Tensor(dtype, (T, h, f)),)),
+        Call("packed_attention", {"q": q, "k": Tensor(dtype, (T, k, e)), "v": Tensor(dtype, (T, k, f)), "cu_seqlens_q": batch["cu_seqlens_q"],
+                                  "scale": e**-0.5, "window": 64}, (Tensor(dtype, (T, h, f)),)),
+        Call("pool", {"x": x, "cu_seqlens_q": batch["cu_seqlens_q"], "pooling": Tensor(I32, (S,))}, (Tensor(F32, (S, hidden)),)),
     ]  # fmt: skip
 
 

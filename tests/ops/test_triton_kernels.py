@@ -318,6 +318,30 @@ def qkv_attention_cases():
     }
 
 
+def packed_cases():
+    def case(new, unused=0, h=4, k=4, e=32, f=32, max_seqs=0, window=0):
+        batch = Batch((0,) * len(new), new, unused)
+        values = batch.values | {"cu_seqlens_q": torch.tensor([0, *new]).cumsum(0).to(I32)}
+        args = {"q": tensor(T, h, e), "k": tensor(T, k, e), "v": tensor(T, k, f), "cu_seqlens_q": tensor(S1, dtype=I32), "scale": e**-0.5, "window": window}
+        return Case(args, (tensor(T, h, f),), {"T": sum(new) + unused, "S": len(new)}, values, max_seqs=max_seqs)
+
+    return {
+        "ragged": case((19, 1, 0, 70), 5),
+        "odd_heads": case((7, 40), h=6, k=2, e=40, f=72, max_seqs=30),
+        "window": case((90, 3, 33), 2, window=9),
+        "one": case((1,), e=16, f=16),
+    }
+
+
+def pool_cases():
+    def case(new, width, how):
+        values = {"cu_seqlens_q": torch.tensor([0, *new]).cumsum(0).to(I32), "pooling": torch.tensor(how, dtype=I32)}
+        args = {"x": tensor(T, width), "cu_seqlens_q": tensor(S1, dtype=I32), "pooling": tensor(S, dtype=I32)}
+        return Case(args, (tensor(S, width, dtype=F32),), {"T": sum(new) + 2, "S": len(new)}, values)
+
+    return {"ragged": case((19, 1, 0, 5, 33, 2), 72, (0, 0, 1, 1, 2, 0)), "wide": case((3, 4), 300, (2, 0))}
+
+
 CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
@@ -349,6 +373,8 @@ CASES = {
     "kv_write": kv_cases(),
     "qkv_rope_kv_write": qkv_cases(),
     "paged_attention": attention_cases(),
+    "packed_attention": packed_cases(),
+    "pool": pool_cases(),
 }  # fmt: skip
 
 

@@ -172,7 +172,13 @@ def _attention() -> None:
             case("paged_attention", steps, args | scaled, rows(dtype, heads, f))
 
 
-for define in (_linears, _quantized, _norms, _glus, _tables, _rotations, _writes, _attention):
+def _pools() -> None:
+    for dtype, width in ((F32, 75), (BF16, 64), (F16, 13)):
+        args = {"x": rows(dtype, width), "cu_seqlens_q": Tensor(I32, ({"S": 1, "": 1},)), "pooling": Tensor(I32, (S,))}
+        case("pool", PREFILL, args, Tensor(F32, (S, width)))
+
+
+for define in (_linears, _quantized, _norms, _glus, _tables, _rotations, _writes, _attention, _pools):
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
@@ -200,9 +206,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], S
 
 def runs(steps: Steps, call: Call) -> Iterator[dict[str, Any]]:
     """Argument values of steps of several sizes."""
-    paged = "slot_mapping" in call.args or "seq_lens" in call.args
-    if paged:
-        page_size = call.args["k_cache"].shape[2]
+    if {"slot_mapping", "cu_seqlens_q"} & set(call.args):
+        page_size = call.args["k_cache"].shape[2] if "k_cache" in call.args else 1
         for new in NEW_TOKENS[steps.max_tokens]:
             batch, sizes = _batch(new, page_size)
             yield {n: batch[n] if n in batch else _random(n, a, call, sizes) for n, a in call.args.items()}
@@ -226,7 +231,7 @@ def _batch(new: list[int], page_size: int) -> tuple[dict[str, torch.Tensor], dic
         if length:
             positions = torch.arange(length - n, length)
             slots[starts[s] : starts[s + 1]] = pages[s, positions // page_size] * page_size + positions % page_size
-    batch = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lens), "page_table": pages, "slot_mapping": slots}
+    batch = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lens), "page_table": pages, "slot_mapping": slots, "pooling": torch.arange(len(new)) % 3}
     sizes = {"T": len(slots), "S": len(new), "P_full": width, "N_full": len(new) * width + 2}
     return {n: v.int() for n, v in batch.items()}, sizes
 
