@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ingot.ops import Graph, Recipe, Weight
 
+from . import encoders
 from .canonical import canonicalize, gather_logits_rows
 from .functional import functional
 from .swaps import Patch, Swap, patched
@@ -35,20 +37,29 @@ from .swaps.rotary_embedding import RotaryEmbedding
 from .swaps.state_space import StateSpace
 from .unbatch import unbatch
 
-__all__ = ["TraceError", "architecture", "build", "run_model", "trace"]
+__all__ = ["TraceError", "architecture", "build", "entry_point", "run_model", "trace"]
 
+Run = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(model, ids [1, T], positions [1, T]) → the result of a packed batch [1, T, …]."""
 _EXAMPLE = {"T": 13, "S": 3, "R": 5}
 
 
+def entry_point(config: transformers.PreTrainedConfig) -> str:
+    """What a graph of `config` computes: `embed` of an encoder, `forward` of a causal language model."""
+    return "embed" if encoders.architecture(config) else "forward"
+
+
 def architecture(config: transformers.PreTrainedConfig) -> str:
-    """Name of the causal-LM class of `config`. TraceError if transformers has none for it."""
+    """Name of the class that is traced: a causal language model's, or an encoder's base model. TraceError if transformers has none for `config`."""
+    if encoder := encoders.architecture(config):
+        return encoder
     names = list(config.architectures or [])
     mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     for name in (*names, mapped):
         if name is not None and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and hasattr(transformers, name):
             return name
     raise TraceError(
-        f"model type {config.model_type!r} ({', '.join(names) or 'no architectures given'}) is no causal language model of transformers "
+        f"model type {config.model_type!r} ({', '.join(names) or 'no architectures given'}) is neither a causal language model nor an encoder of transformers "
         f"{transformers.__version__}; models that bring their own code are not supported"
     )
 
@@ -69,23 +80,25 @@ def build(config: transformers.PreTrainedConfig, dtype: torch.dtype, device: str
 
 
 def trace(config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, page_size: int = 16) -> Graph:
-    """The `forward` graph of the causal language model that `config` describes; see ARCHITECTURE.md for its inputs.
+    """The graph of the causal language model (`forward`) or encoder (`embed`) that `config` describes; see ARCHITECTURE.md for its inputs.
 
     Activations and weights are `dtype`; caches are `kv_dtype` (default: what is written to them); a page holds `page_size`
     tokens. TraceError if the model asks for something that the dialect cannot say.
     """
     model = build(config, dtype, "meta")
     buffers = _real_buffers(model)
-    context = Context(page_size, kv_dtype)
+    context = Context(page_size, kv_dtype, entry_point(config))
     swaps = _swaps(model, context, buffers)
+    run = encoders.runner(model) if context.entry_point == "embed" else run_model
     with torch.no_grad(), tracing(context):
         with patched([p for s in swaps for p in s.observers()]):
             context.begin({})
             step = torch.zeros(1, 7, dtype=torch.int32, device="meta")
-            _run_shapes(model, step)
+            _run_shapes(run, model, step)
         patches = [p for s in swaps for p in s.patches()]
-        graph = _trace(model, context, patches, buffers)
-    graph = gather_logits_rows(unbatch(canonicalize(graph)))
+        graph = _trace(run, model, context, patches, buffers)
+    graph = unbatch(canonicalize(graph))
+    graph = encoders.pool_sequences(graph) if graph.entry_point == "embed" else gather_logits_rows(graph)
     _drop_unused(graph)
     graph.verify()
     return graph
@@ -101,9 +114,9 @@ def _swaps(model: transformers.PreTrainedModel, context: Context, buffers: dict[
     return [Linear(), Masks(model, context), Attention(model, context), Experts(model, context), StateSpace(model, context), Norm(model, context), rope, tables]
 
 
-def _run_shapes(model: torch.nn.Module, step: torch.Tensor) -> None:
+def _run_shapes(run: Run, model: torch.nn.Module, step: torch.Tensor) -> None:
     try:
-        run_model(model, step, step)
+        run(model, step, step)
     except (RuntimeError, NotImplementedError) as e:
         if "meta tensor" not in str(e):
             raise
@@ -141,7 +154,7 @@ def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor
     return real
 
 
-def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[Patch], buffers: dict[str, torch.Tensor]) -> Graph:
+def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patches: list[Patch], buffers: dict[str, torch.Tensor]) -> Graph:
     sizes = _Sizes()
     inputs = context.inputs()
     values = {name: sizes.empty(spec.shape, spec.dtype) for name, spec in inputs.items()}
@@ -155,8 +168,8 @@ def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[
         inputs = dict(zip(values, args, strict=False))
         parameters = dict(zip(tensors, args[len(values) :], strict=True))
         context.begin(inputs)
-        logits = torch.func.functional_call(_Step(model), {f"model.{n}": p for n, p in parameters.items()}, (inputs["input_ids"], inputs["positions"]))
-        return [logits.squeeze(0), *(context.values[n] for n in context.states)]
+        result = torch.func.functional_call(_Step(model, run), {f"model.{n}": p for n, p in parameters.items()}, (inputs["input_ids"], inputs["positions"]))
+        return [result.squeeze(0), *(context.values[n] for n in context.states)]
 
     with patched(patches), sizes.mode:
         args = (*values.values(), *tensors.values())
@@ -172,6 +185,7 @@ def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[
         weights={_identifier(n): w for n, w in weights.items()},
         constants=constants,
         symbols=sizes.names,
+        entry_point=context.entry_point,
     )
     _lift_attributes(graph, module)
     return graph
@@ -180,12 +194,12 @@ def _trace(model: transformers.PreTrainedModel, context: Context, patches: list[
 class _Step(torch.nn.Module):
     """The model on a packed step: a batch of one."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, run: Run) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.run = model, run
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return run_model(self.model, input_ids.unsqueeze(0), positions.unsqueeze(0))
+        return self.run(self.model, input_ids.unsqueeze(0), positions.unsqueeze(0))
 
 
 class _Sizes:

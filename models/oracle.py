@@ -22,14 +22,15 @@ import transformers
 
 from ingot.ops import Graph
 
-from . import tiny
+from . import encoder_oracle, tiny
 from .frontend import TraceError, architecture, build, run_model, trace
 
 TOLERANCE = 5e-4
 """Largest error of a logit, relative to the largest logit; everything is float32."""
 PAGE_SIZE = 4
 TIMEOUT = 180  # seconds for one architecture in `run`
-RECORD = Path(__file__).with_name("admitted.json")
+RECORDS = {"forward": Path(__file__).with_name("admitted.json"), "embed": Path(__file__).with_name("admitted_encoders.json")}
+"""Verdicts that ship with the code, by entry point."""
 
 _STEPS = ((9, 6), (5, 1), (0, 1), (1, 3), (1, 0), (1, 1))
 """New tokens of each of the two sequences, step by step: chunks that straddle pages, single tokens, a sequence alone."""
@@ -48,12 +49,12 @@ class Verdict:
 
 
 def admit(model: str | transformers.PreTrainedConfig, rewrite: Callable[[Graph], Graph] | None = None) -> Verdict:
-    """Try one model: a model type or architecture (its tiny config), or a config small enough to run.
+    """Try one model: a model type or architecture (its tiny config), an encoder's base model, or a config small enough to run.
 
     `rewrite` is applied to the graph before it runs; a lowering must pass too. A TraceError becomes a verdict; an error of
     the modeling code itself is raised.
     """
-    config = tiny.config(tiny.model_type_of(model)) if isinstance(model, str) else model
+    config = tiny.of(model) if isinstance(model, str) else model
     name = architecture(config)
     reference = build(config, torch.float32, "cpu")
     randomize(reference)
@@ -61,9 +62,10 @@ def admit(model: str | transformers.PreTrainedConfig, rewrite: Callable[[Graph],
         graph = trace(config, dtype=torch.float32, page_size=PAGE_SIZE)
     except TraceError as e:
         return Verdict(name, config.model_type, False, str(e))
-    error = compare(graph if rewrite is None else rewrite(graph), reference)
+    judge, result = (encoder_oracle.compare, "embeddings of packed texts") if graph.entry_point == "embed" else (compare, "served logits")
+    error = judge(graph if rewrite is None else rewrite(graph), reference)
     admitted = error < TOLERANCE
-    return Verdict(name, config.model_type, admitted, "" if admitted else f"served logits differ from transformers' by {error:.1e}", error)
+    return Verdict(name, config.model_type, admitted, "" if admitted else f"{result} differ from transformers' by {error:.1e}", error)
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -167,17 +169,18 @@ def _int32(values: Iterable[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def load() -> list[Verdict]:
-    """The verdicts that shipped with the code."""
-    return [Verdict(**entry) for entry in json.loads(RECORD.read_text())]
+def load(entry_point: str = "forward") -> list[Verdict]:
+    """The verdicts that shipped with the code: on causal language models (`forward`) or encoders (`embed`)."""
+    return [Verdict(**entry) for entry in json.loads(RECORDS[entry_point].read_text())]
 
 
-def save(verdicts: Iterable[Verdict]) -> None:
+def save(verdicts: Iterable[Verdict], entry_point: str = "forward") -> None:
     """Merge verdicts into the record, sorted by architecture."""
-    known = {v.architecture: v for v in load()} if RECORD.exists() else {}
+    record = RECORDS[entry_point]
+    known = {v.architecture: v for v in load(entry_point)} if record.exists() else {}
     known |= {v.architecture: v for v in verdicts}
     entries = [{k: x for k, x in asdict(known[a]).items() if k != "error"} for a in sorted(known)]
-    RECORD.write_text(json.dumps(entries, indent=1) + "\n")
+    record.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def run(names: Iterable[str] | None = None) -> list[Verdict]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ingot.ops.errors import IngotError
+
+from . import encoders
 
 # Odd ratios on purpose: query heads are not kv heads, the intermediate size is no power of two, a window is shorter than the test's sequences.
 _NAMES_OF_SIZE: dict[int, str] = {
@@ -111,6 +113,10 @@ OWN: dict[str, dict[str, Any]] = {
 """What a model needs beyond `_SIZES`, or sets so that each of its features shows (caps small enough to bend scores)."""
 
 
+OWN_ENCODER: dict[str, dict[str, Any]] = {}
+"""The same for encoders."""
+
+
 class UnknownModel(IngotError):
     """No causal language model of transformers has this name."""
 
@@ -144,6 +150,27 @@ def config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
     tiny = cls(**values)
     tiny.architectures = [architecture_of(model_type)]
     return tiny
+
+
+def of(name: str) -> transformers.PreTrainedConfig:
+    """The tiny config of a model type, an architecture, or an encoder's base model ("BertModel"). UnknownModel if it is none of them."""
+    encoder = encoder_architectures().get(name)
+    return config(model_type_of(name)) if encoder is None else encoder_config(encoder)
+
+
+def encoder_config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
+    """The tiny config of an encoder, its base model named as the architecture."""
+    cls = CONFIG_MAPPING[model_type]
+    tiny = cls(**(_shrink(cls) | {"is_decoder": False} | OWN_ENCODER.get(model_type, {}) | overrides))
+    tiny.architectures = None
+    tiny.architectures = [encoders.architecture(tiny) or ""]
+    return tiny
+
+
+def encoder_architectures() -> dict[str, str]:
+    """Model type by base model of every encoder; models that also decode what they have encoded are none."""
+    found = {encoders.architecture(CONFIG_MAPPING[m]()): m for m in sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)}
+    return {name: m for name, m in sorted(found.items(), key=str) if name is not None}
 
 
 def _shrink(cls: type) -> dict[str, Any]:

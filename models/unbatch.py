@@ -27,6 +27,7 @@ _ALONG_DIM = frozenset(
         *(_aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim),
     }
 )
+_ROWWISE = frozenset({_aten.layer_norm.default})  # its other operands have no rows
 _DIMS = ("dim", "dims", "dim0", "dim1")
 _ROW_OPERANDS = frozenset({"x", "residual", "gate", "gate_up", "ids"})  # of the dialect's ops over [..., D]
 
@@ -102,15 +103,15 @@ def _call_flat(graph: Graph, node: Any, flat: dict[fx.Node, fx.Node]) -> fx.Node
         return None
     pointwise, along = torch.Tag.pointwise in target.tags or target in CASTS, target in _ALONG_DIM
     expand, permute = target is _aten.expand.default, target is _aten.permute.default
-    batched_matmul = target in (_aten.matmul.default,)
-    if not (pointwise or along or expand or permute or batched_matmul or spec is not None):
+    batched_matmul, rowwise = target in (_aten.matmul.default,), target in _ROWWISE and rank > len(node.args[1]) + 1
+    if not (pointwise or along or expand or permute or batched_matmul or rowwise or spec is not None):
         return None
     if spec is not None and spec.arguments[0] not in _ROW_OPERANDS:
         return None
     args: list[Any] = []
     schema = target._schema.arguments
     for declared, given in zip(schema, node.args, strict=False):
-        if spec is not None and declared.name not in _ROW_OPERANDS:
+        if (spec is not None and declared.name not in _ROW_OPERANDS) or (rowwise and args):
             args.append(given)
         elif declared.name in _DIMS and (along or permute):
             operand = _rank(_first_tensor(node).meta["val"]) + (target in (_aten.unsqueeze.default, _aten.stack.default))

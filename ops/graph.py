@@ -161,6 +161,7 @@ class Graph:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     symbols: dict[str, str] = field(default_factory=dict)  # name of the symbol in meta["val"] sizes ("s77") → "T", "S", …
     num_results: int = 1
+    entry_point: str = "forward"
 
     def copy(self) -> Graph:
         """A graph whose nodes may be changed without touching this one."""

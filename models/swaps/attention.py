@@ -1,4 +1,4 @@
-"""Attention: the implementation that transformers calls writes k and v to their pages and attends over them."""
+"""Attention: the implementation that transformers calls writes k and v to their pages and attends over them; an encoder's attends over the step."""
 
 from __future__ import annotations
 
@@ -33,8 +33,17 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
     if query.shape[0] != 1:
         raise TraceError(f"{where}: attention over a batch of {query.shape[0]}; a packed step is a batch of one")
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    group = f"window{mask.window}" if mask.window else "full"
     context = current()
+    scale = float(scaling) if scaling is not None else q.shape[-1] ** -0.5
+    if not mask.causal:
+        if softcap or s_aux is not None or sinks is not None:
+            raise TraceError(f"{where}: attention in both directions with a softcap or sinks, which packed attention does not know")
+        if context.observing:
+            return q.new_empty(1, q.shape[0], q.shape[1], v.shape[2]), None
+        return torch.ops.ingot.packed_attention(q, k, v, context.values["cu_seqlens_q"], scale, mask.window).unsqueeze(0), None
+    if context.entry_point == "embed":
+        raise TraceError(f"{where}: causal attention in an encoder, whose step has no cache")
+    group = f"window{mask.window}" if mask.window else "full"
     caches = context.kv_caches(k, v, group)
     if context.observing:
         return q.new_empty(1, q.shape[0], q.shape[1], v.shape[2]), None
@@ -43,8 +52,13 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
     step.update(zip(caches, states, strict=False))  # without scales, two come back empty
     k_cache, v_cache, *scales = (step[c] for c in caches)
     out = torch.ops.ingot.paged_attention(
+<<<<<<< HEAD
         q, k_cache, v_cache, step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
         float(scaling) if scaling is not None else q.shape[-1] ** -0.5, mask.window, mask.chunk, float(softcap or 0.0), *scales)  # fmt: skip
+=======
+        q, step[caches[0]], step[caches[1]], step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
+        scale, mask.window, mask.chunk, float(softcap or 0.0))  # fmt: skip
+>>>>>>> de6e4ef (Trace encoders: both-way masks, positions from 0, an embedding of each packed sequence; an oracle for them)
     return out.unsqueeze(0), None
 
 

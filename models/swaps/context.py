@@ -20,9 +20,10 @@ class TraceError(IngotError):
 class Context:
     """The states of a model: declared while its shapes run, handed out and replaced by newer versions while it is traced."""
 
-    def __init__(self, page_size: int, kv_dtype: torch.dtype | None) -> None:
+    def __init__(self, page_size: int, kv_dtype: torch.dtype | None, entry_point: str = "forward") -> None:
         self.page_size = page_size
         self.kv_dtype = kv_dtype
+        self.entry_point = entry_point
         self.states: dict[str, StateSpec] = {}
         self.values: dict[str, torch.Tensor] = {}  # step inputs and current versions of the states; empty while shapes run
         self._sites: dict[str, int] = {}
@@ -43,6 +44,10 @@ class Context:
             "input_ids": InputSpec(i32, ("T",)),
             "positions": InputSpec(i32, ("T",)),
             "cu_seqlens_q": InputSpec(i32, ("S+1",)),
+        }
+        if self.entry_point == "embed":
+            return inputs | {"pooling": InputSpec(i32, ("S",))}
+        inputs |= {
             "seq_lens": InputSpec(i32, ("S",)),
             "logits_rows": InputSpec(i32, ("R",)),
         }

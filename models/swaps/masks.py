@@ -15,10 +15,14 @@ from .context import Context, TraceError
 
 @dataclass(frozen=True)
 class Mask:
-    """A causal mask: `window` w > 0 sees the last w positions, `chunk` c > 0 the positions of the same block of c."""
+    """What a token sees: itself and those before it, or all of its sequence unless `causal`.
+
+    `window` w > 0 sees positions less than w away; `chunk` c > 0 the positions of the same block of c.
+    """
 
     window: int = 0
     chunk: int = 0
+    causal: bool = True
 
     def _computed_with(self, *args: Any) -> Any:
         raise TraceError("the model computes with its attention mask outside transformers' attention interface; it needs an adapter")
@@ -43,9 +47,20 @@ def _mask_function(name: str, geometry: Callable[[Any], Mask]) -> Callable[..., 
     return create
 
 
-def _not_causal(name: str) -> Callable[..., Mask]:
+def _refused(name: str, reason: str) -> Callable[..., Mask]:
     def create(config: Any, *args: Any, **kwargs: Any) -> Mask:
-        raise TraceError(f"{type(config).__name__}: {name}: attention to later tokens has no paged form")
+        raise TraceError(f"{type(config).__name__}: {name}: {reason}")
+
+    return create
+
+
+def _both_ways(name: str, geometry: Callable[[Any], Mask]) -> Callable[..., Mask]:
+    def create(config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Mask:
+        extras = ("encoder_hidden_states", "past_key_values", "or_mask_function", "and_mask_function")
+        for extra, value in (("attention_mask", attention_mask), *((n, kwargs.get(n)) for n in extras)):
+            if value is not None:
+                raise TraceError(f"{type(config).__name__}: {name} is given {extra}, which packed attention does not know")
+        return geometry(config)
 
     return create
 
@@ -57,13 +72,26 @@ def _window(config: Any) -> Mask:
     return Mask(window=int(window))
 
 
-FUNCTIONS: dict[str, Callable[..., Mask]] = {
-    "create_causal_mask": _mask_function("create_causal_mask", lambda config: Mask()),
-    "create_sliding_window_causal_mask": _mask_function("create_sliding_window_causal_mask", _window),
-    "create_chunked_causal_mask": _mask_function("create_chunked_causal_mask", lambda config: Mask(chunk=int(config.attention_chunk_size))),
-    "create_bidirectional_mask": _not_causal("create_bidirectional_mask"),
-    "create_bidirectional_sliding_window_mask": _not_causal("create_bidirectional_sliding_window_mask"),
-}
+def _window_both_ways(config: Any) -> Mask:
+    return Mask(window=_window(config).window + 1, causal=False)  # transformers counts the distances that are seen, the op those that are less
+
+
+_ALL = lambda config: Mask(causal=False)
+FUNCTIONS: dict[str, dict[str, Callable[..., Mask]]] = {
+    "forward": {
+        "create_causal_mask": _mask_function("create_causal_mask", lambda config: Mask()),
+        "create_sliding_window_causal_mask": _mask_function("create_sliding_window_causal_mask", _window),
+        "create_chunked_causal_mask": _mask_function("create_chunked_causal_mask", lambda config: Mask(chunk=int(config.attention_chunk_size))),
+        **{n: _refused(n, "attention to later tokens has no paged form") for n in ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")},
+    },
+    "embed": {
+        "create_bidirectional_mask": _both_ways("create_bidirectional_mask", _ALL),
+        "create_bidirectional_sliding_window_mask": _both_ways("create_bidirectional_sliding_window_mask", _window_both_ways),
+        **{n: _refused(n, "an encoder's step attends in both directions") for n in
+           ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")},
+    },
+}  # fmt: skip
+"""By entry point."""
 
 
 class Masks(Swap):
@@ -71,6 +99,7 @@ class Masks(Swap):
 
     def __init__(self, model: torch.nn.Module, context: Context) -> None:
         self.files = modeling_files(model)
+        self.functions = FUNCTIONS[context.entry_point]
 
     def observers(self) -> list[Patch]:
         return self.patches()
@@ -79,15 +108,14 @@ class Masks(Swap):
         # it only warns, and looks at the ids to do so
         patches = [Patch(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *args: None)]
         for file in self.files:
-            patches += [Patch(file, name, function) for name, function in FUNCTIONS.items() if name in vars(file)]
-            patches += _mapping(file)
-        return patches + _mapping(masking_utils)
+            patches += [Patch(file, name, function) for name, function in self.functions.items() if name in vars(file)]
+            patches += self._mapping(file)
+        return patches + self._mapping(masking_utils)
 
-
-def _mapping(file: Any) -> list[Patch]:
-    """A file may look its mask functions up by layer type."""
-    name = "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING"
-    if name not in vars(file):
-        return []
-    replace = {getattr(masking_utils, n): f for n, f in FUNCTIONS.items() if hasattr(masking_utils, n)}
-    return [Patch(file, name, {kind: replace[f] if callable(f) and f in replace else f for kind, f in vars(file)[name].items()})]
+    def _mapping(self, file: Any) -> list[Patch]:
+        """A file may look its mask functions up by layer type."""
+        name = "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING"
+        if name not in vars(file):
+            return []
+        replace = {getattr(masking_utils, n): f for n, f in self.functions.items() if hasattr(masking_utils, n)}
+        return [Patch(file, name, {kind: replace[f] if callable(f) and f in replace else f for kind, f in vars(file)[name].items()})]
