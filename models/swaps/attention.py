@@ -52,13 +52,8 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
     step.update(zip(caches, states, strict=False))  # without scales, two come back empty
     k_cache, v_cache, *scales = (step[c] for c in caches)
     out = torch.ops.ingot.paged_attention(
-<<<<<<< HEAD
         q, k_cache, v_cache, step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
-        float(scaling) if scaling is not None else q.shape[-1] ** -0.5, mask.window, mask.chunk, float(softcap or 0.0), *scales)  # fmt: skip
-=======
-        q, step[caches[0]], step[caches[1]], step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
-        scale, mask.window, mask.chunk, float(softcap or 0.0))  # fmt: skip
->>>>>>> de6e4ef (Trace encoders: both-way masks, positions from 0, an embedding of each packed sequence; an oracle for them)
+        scale, mask.window, mask.chunk, float(softcap or 0.0), *scales)  # fmt: skip
     return out.unsqueeze(0), None
 
 
