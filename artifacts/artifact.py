@@ -24,7 +24,8 @@ from ingot.ops.target import Target
 
 from .chunks import Progress, check_chunks, map_file
 from .files import AGAIN, ArtifactError, check_relative, flush, link, read, writing
-from .manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, Group, Manifest, ModelInfo, Options, State, WeightTensor, check_key, decode, encode, kv_layout, seal
+from .manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, Embedding, Group, Manifest, ModelInfo, Options, State, WeightTensor
+from .manifest import check_key, decode, encode, kv_layout, seal
 from .plan import Kernel, Variant
 from .settings import settings
 
@@ -153,7 +154,8 @@ class ArtifactWriter:
         self._weights = (other.manifest.weights, other.manifest.weight_chunks)
 
     def finish(self, *, key: str, key_inputs: dict[str, str], target: Target, model: ModelInfo, options: Options,
-               groups: tuple[Group, ...], states: tuple[State, ...], report: dict[str, Any]) -> Manifest:  # fmt: skip
+               groups: tuple[Group, ...], states: tuple[State, ...], report: dict[str, Any], entry_point: str = "forward",
+               embedding: Embedding | None = None) -> Manifest:  # fmt: skip
         """Write the manifest, whose other fields come from what was added, and flush everything to the disk."""
         check_key(key)
         if self._writer is not None:
@@ -162,7 +164,8 @@ class ArtifactWriter:
         manifest = seal(Manifest(
             schema_version=SCHEMA_VERSION, ingot_version=version("ingot"), key=key, digest="", key_inputs=key_inputs, target=target, model=model,
             options=options, kv_layout=kv_layout(states), groups=groups, states=states, weights=tensors, weight_chunks=chunks,
-            variants=tuple(self._variants), kernels=tuple(self._kernels), files=self._files, report=report, report_digest="",
+            entry_point=entry_point, embedding=embedding, variants=tuple(self._variants), kernels=tuple(self._kernels), files=self._files,
+            report=report, report_digest="",
         ))  # fmt: skip
         data = encode(manifest)
         self._write(MANIFEST, data)

@@ -14,7 +14,9 @@ from ingot.ops.target import Target
 from .files import AGAIN, ArtifactError, check_relative
 from .plan import Kernel
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+POOLINGS = ("mean", "cls", "last")
+"""How an embedding comes from a text's tokens, in the order of the numbers in the step input `pooling`."""
 CHUNK_BYTES = 64 << 20
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
@@ -31,6 +33,15 @@ class ModelInfo(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     dtype: str
     num_parameters: int
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """How the entry point `embed` makes the embedding of a text when a request does not say otherwise."""
+
+    dimensions: int
+    pooling: str  # one of POOLINGS
+    normalize: bool  # to length 1
+    padding_id: int  # a token to which the model gives no position, so that no text may contain it; −1: none
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -92,6 +103,8 @@ class Manifest(msgspec.Struct, frozen=True):
     states: tuple[State, ...]
     weights: tuple[WeightTensor, ...]
     weight_chunks: tuple[str, ...]  # SHA-256 of each CHUNK_BYTES of weights.bin
+    entry_point: str  # of every variant: "forward" or "embed"
+    embedding: Embedding | None  # of `embed`
     variants: tuple[str, ...]  # plans/<name>.json
     kernels: tuple[Kernel, ...]
     files: dict[str, str]  # every other file: relative path → SHA-256

@@ -24,11 +24,12 @@ from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
 from ingot.models import oracle, source
 from ingot.models.checkpoint import Checkpoint
-from ingot.models.frontend import trace
+from ingot.models.frontend import architecture, entry_point, trace
 from ingot.ops import OPS, Graph
 from ingot.ops.errors import IngotError
 from ingot.ops.target import Target, here, resolve
 
+from . import embedding
 from .call import dtype_name
 from .codegen.emit import Emitter
 from .inputs import Inputs, inputs_of
@@ -38,7 +39,7 @@ from .plan import plan
 from .quantization import choose_online, num_elements, quantize_weights
 from .select import select
 from .tuning import Table, table_for
-from .variants import VariantSpec, page_size, variants
+from .variants import VariantSpec, embed_variants, page_size, variants
 from .weights import bind, described, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -108,6 +109,8 @@ class Job:
     target: Target
     options: Options
     dtype: torch.dtype
+    entry_point: str
+    longest: int  # tokens of a sequence
     checkpoint: Checkpoint | None
     inputs: Inputs
     defer_gate: bool
@@ -138,13 +141,21 @@ class Job:
         kv_dtype = dtype_name(dtype) if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
         _check_admitted(config)
         on_gpu = target.kind == "cuda"
+        entry = entry_point(config)
+        if entry == "embed" and options.kv_cache_dtype != "auto":
+            raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype}: {architecture(config)} is an encoder and has no KV cache; leave the flag out")
+        longest = embedding.longest_text(found) if entry == "embed" else _max_model_len(config)
+        most_tokens = 8192 if on_gpu else 512
+        if entry == "embed":  # a text is computed in one step
+            most_tokens = max(most_tokens, min(longest, 8192))
+            longest = min(longest, options.max_num_batched_tokens or most_tokens)
         resolved = Options(
             dtype=dtype_name(dtype),
             quantize=options.quantize,
             quantize_exclude=exclude,
             kv_cache_dtype=kv_dtype,
             max_num_seqs=options.max_num_seqs or (256 if on_gpu else 64),
-            max_num_batched_tokens=options.max_num_batched_tokens or (8192 if on_gpu else 512),
+            max_num_batched_tokens=options.max_num_batched_tokens or most_tokens,
             deterministic=options.deterministic,
             dummy_weights=options.dummy_weights,
         )
@@ -155,7 +166,7 @@ class Job:
         checkpoint = None if options.dummy_weights else Checkpoint.open(found.folder)
         tuning = f"{table.name} {table.digest[:16]}" if table.name else "measured" if options.tune else "no table"
         inputs = inputs_of(found, checkpoint, target, resolved, tuning)
-        return cls(found, target, resolved, dtype, checkpoint, inputs, options.defer_gate, table, options.tune)
+        return cls(found, target, resolved, dtype, entry, longest, checkpoint, inputs, options.defer_gate, table, options.tune)
 
     def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> None:
         seconds: dict[str, float] = {}
@@ -220,6 +231,8 @@ class Job:
             groups=_groups(graph),
             states=tuple(State(n, s.group, dtype_name(s.dtype), s.shape) for n, s in graph.states.items()),
             report=report,
+            entry_point=self.entry_point,
+            embedding=embedding.describe(graph, self.source) if self.entry_point == "embed" else None,
         )
 
     def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
@@ -237,18 +250,17 @@ class Job:
 
     def specs(self) -> list[VariantSpec]:
         """The variants that the artifact gets."""
-        return variants(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
+        made = embed_variants if self.entry_point == "embed" else variants
+        return made(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
 
     def _model_info(self, graph: Graph) -> ModelInfo:
         config = self.source.config
-        text = config.get_text_config(decoder=True)
-        logits = graph.fx.output_node().args[0][0].meta["val"]
         return ModelInfo(
             name=self.source.name,
-            architecture=(config.architectures or [type(config).__name__])[0],
+            architecture=architecture(config) if self.entry_point == "embed" else (config.architectures or [type(config).__name__])[0],
             model_type=config.model_type,
-            vocab_size=int(logits.shape[-1]),
-            max_model_len=int(getattr(text, "max_position_embeddings", None) or 1 << 20),
+            vocab_size=_vocab_size(graph),
+            max_model_len=self.longest,
             eos_token_ids=tuple(self.source.eos_token_ids),
             dtype=self.options.dtype,
             num_parameters=sum(num_elements(w) for w in graph.weights.values() if w.recipe.op != "constant"),
@@ -269,7 +281,11 @@ def device_for(target: Target) -> torch.device | None:
 
 def _dtype(name: str, config: Any, target: Target) -> torch.dtype:
     if name == "auto":
-        dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None) or torch.bfloat16
+        dtype = (
+            getattr(config.get_text_config(decoder=True), "dtype", None)
+            or getattr(config, "dtype", None)
+            or (torch.float32 if entry_point(config) == "embed" else torch.bfloat16)
+        )
         return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
     if name not in DTYPES:
         raise CompileError(f"--dtype {name} is unknown: use auto, {', '.join(DTYPES)}")
@@ -277,10 +293,23 @@ def _dtype(name: str, config: Any, target: Target) -> torch.dtype:
 
 
 def _check_admitted(config: Any) -> None:
-    architecture = (config.architectures or ["?"])[0]
-    for verdict in oracle.load():
-        if verdict.architecture == architecture and not verdict.admitted:
-            raise CompileError(f"{architecture} is not supported: {verdict.reason} (see `ingot models`)")
+    entry = entry_point(config)
+    name = architecture(config) if entry == "embed" else (config.architectures or ["?"])[0]
+    for verdict in oracle.load(entry):
+        if verdict.architecture == name and not verdict.admitted:
+            raise CompileError(f"{name} is not supported: {verdict.reason} (see `ingot models`)")
+
+
+def _max_model_len(config: Any) -> int:
+    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20)
+
+
+def _vocab_size(graph: Graph) -> int:
+    """Of a `forward` graph the width of its logits; of an `embed` graph the rows of the table that the ids choose from."""
+    if graph.entry_point == "forward":
+        return int(graph.fx.output_node().args[0][0].meta["val"].shape[-1])
+    (table,) = {u.args[1] for u in graph.placeholders["input_ids"].users if u.target is torch.ops.ingot.embedding.default}
+    return int(table.meta["val"].shape[0])
 
 
 def _groups(graph: Graph) -> tuple[Group, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from ingot.artifacts.manifest import Options
+from ingot.models import encoders, sentence_transformers
 from ingot.models.checkpoint import Checkpoint
 from ingot.models.source import ModelSource
 from ingot.ops.target import Target
@@ -51,6 +52,8 @@ def inputs_of(source: ModelSource, checkpoint: Checkpoint | None, target: Target
         "tuning": tuning,
         "compiler": f"{sha256(json.dumps(compiler))[:16]} {', '.join(versions)}",
     }
+    if encoders.architecture(source.config) is not None:
+        short["embedding"] = str(sentence_transformers.read(source.folder))
     return Inputs(short, {"generation_config": source.generation_config, "compiler": compiler})
 
 

@@ -41,6 +41,12 @@ def variants(target: Target, max_num_seqs: int, max_num_batched_tokens: int, det
     return specs
 
 
+def embed_variants(target: Target, max_num_seqs: int, max_num_batched_tokens: int, deterministic: bool) -> list[VariantSpec]:
+    """Of an encoder, smallest first. Its steps are whole texts, of all lengths, launched as they are; there are no rows of logits."""
+    ranges = [n for n in ((64, 1024) if target.kind == "cuda" else (16, 128)) if n < max_num_batched_tokens] + [max_num_batched_tokens]
+    return [VariantSpec(f"embed_{n}", Steps(n, min(n, max_num_seqs), n, 1, False, page_size(target), deterministic), False) for n in ranges]
+
+
 MAX_PROMPT_ROWS = 512
 """Logits rows of one step: prompt log-probabilities take a row a token, and a row is a vocabulary wide."""
 

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ingot.artifacts.artifact import ArtifactWriter
 from ingot.artifacts.weights import recipe_to_json
 from ingot.models.checkpoint import Checkpoint, dummy, recipes
 from ingot.models.checkpoint import pack as pack_tensor
+from ingot.models.frontend import build
 from ingot.ops import Graph, Recipe, Weight
 
 SEED = 0
@@ -24,7 +27,7 @@ def bind(graph: Graph, checkpoint: Checkpoint | None, config: Any) -> dict[str, 
     if checkpoint is None:
         return graph.weights
     parameters = {source: (w.shape, w.dtype) for w in graph.weights.values() for source in w.recipe.sources}
-    found = recipes(checkpoint, config, parameters)
+    found = recipes(checkpoint, config, parameters, build(config, torch.float32, "meta"))
     return {n: replace(w, recipe=_substitute(w.recipe, found)) for n, w in graph.weights.items()}
 
 

@@ -278,7 +278,7 @@ def _convert(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, 
         if renamed not in declared and name in declared:  # stored under its new name already
             renamed, pattern = name, None
         if renamed not in declared:
-            if not (ignorable.search(name) or ignorable.search(renamed)):
+            if not (ignorable.search(name) or ignorable.search(renamed) or _of_a_head(name, checkpoint, model)):
                 surplus.append(name)
             continue
         transform = groups.get(renamed)
@@ -303,6 +303,12 @@ def _convert(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, 
                 problems.append(f"{renamed} cannot be made from {_list(sources)}: {str(e).splitlines()[0]}")
                 made.setdefault(renamed, (Recipe("tensor", (sources[0],)), torch.Size(declared[renamed].shape)))
     return made, surplus, problems
+
+
+def _of_a_head(name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> bool:
+    """Whether `model` is the base of what was saved, and the tensor belongs to what was on top of it, as an encoder's masked-token head does."""
+    prefix = f"{model.base_model_prefix}."
+    return model.base_model is model and any(n.startswith(prefix) for n in checkpoint.infos) and not name.startswith(prefix)
 
 
 def _tied(model: PreTrainedModel, name: str) -> list[str]:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ingot.ops import Graph
 
 from .swaps.context import TraceError
+from .swaps.masks import Mask
 
 
 def architecture(config: transformers.PreTrainedConfig) -> str | None:
@@ -36,7 +37,8 @@ def runner(model: torch.nn.Module) -> Callable[[torch.nn.Module, torch.Tensor, t
 
     def run(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         types = torch.zeros(1, dtype=torch.int32, device=input_ids.device)  # of every token: one row, added to all
-        given = {"position_ids": positions + offset if offset else positions, "token_type_ids": types}
+        # the mask is given so that no model makes one, of ones or otherwise
+        given = {"position_ids": positions + offset if offset else positions, "token_type_ids": types, "attention_mask": Mask(causal=False)}
         hidden: torch.Tensor = model(input_ids=input_ids, **{n: v for n, v in given.items() if n in known}).last_hidden_state
         return hidden
 
@@ -54,7 +56,7 @@ def position_offset(model: torch.nn.Module) -> int:
         offsets = (number(ids, padding) - torch.arange(7)).unique()
         if len(offsets) != 1:
             raise TraceError(
-                f"{type(owner).__name__}: create_position_ids_from_input_ids does not count from one number on; packed, its positions are not known"
+                f"{type(owner).__name__}: create_position_ids_from_input_ids does not count on from one number; packed, its positions are not known"
             )
         return int(offsets)
     return 0
@@ -77,7 +79,7 @@ def _numberings(model: torch.nn.Module) -> Iterator[tuple[Any, Callable[[torch.T
 def pool_sequences(graph: Graph) -> Graph:
     """`graph` (changed in place) with its hidden states [T, D] pooled to an embedding [S, D] of each sequence."""
     output = graph.fx.output_node()
-    hidden, *states = output.args[0]  # type: ignore[misc]
+    hidden, *states = list(output.args[0])  # type: ignore[call-overload]
     placeholders = graph.placeholders
     with graph.fx.inserting_before(output):
         pooled = graph.call(torch.ops.ingot.pool.default, hidden, placeholders["cu_seqlens_q"], placeholders["pooling"])

@@ -184,34 +184,39 @@ def save(verdicts: Iterable[Verdict], entry_point: str = "forward") -> None:
 
 
 def run(names: Iterable[str] | None = None) -> list[Verdict]:
-    """Try architectures (default: all), each in a process of its own: a model may loop, crash or exhaust memory. UnknownModel for a wrong name."""
-    model_types = tiny.names() if names is None else [tiny.model_type_of(n) for n in names]
+    """Try architectures (default: all), each in a process of its own: a model may loop, crash or exhaust memory. UnknownModel for a wrong name.
+
+    A name is a causal language model's model type or architecture, or the base model of an encoder.
+    """
+    encoders = tiny.encoder_architectures()
+    wanted = [*tiny.names(), *encoders] if names is None else list(names)
+    models = {n: (n, encoders[n]) if n in encoders else (tiny.architecture_of(tiny.model_type_of(n)), tiny.model_type_of(n)) for n in wanted}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once, before it forks
     with tempfile.TemporaryDirectory(prefix="ingot-oracle-") as folder:
-        return [_run_one(context, model_type, Path(folder)) for model_type in model_types]
+        return [_run_one(context, name, *models[name], Path(folder)) for name in wanted]
 
 
-def _run_one(context: ForkServerContext, model_type: str, folder: Path) -> Verdict:
-    process = context.Process(target=_child, args=(model_type, str(folder)))
+def _run_one(context: ForkServerContext, name: str, architecture: str, model_type: str, folder: Path) -> Verdict:
+    process = context.Process(target=_child, args=(name, str(folder)))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
         process.kill()
         process.join()
-        return Verdict(tiny.architecture_of(model_type), model_type, False, f"no verdict after {TIMEOUT} seconds")
+        return Verdict(architecture, model_type, False, f"no verdict after {TIMEOUT} seconds")
     if process.exitcode == 0:
         return Verdict(**json.loads((folder / "verdict.json").read_text()))
     reason = _last_error((folder / "stderr.txt").read_text()) or f"the process ended with status {process.exitcode}"
-    return Verdict(tiny.architecture_of(model_type), model_type, False, reason)
+    return Verdict(architecture, model_type, False, reason)
 
 
-def _child(model_type: str, folder: str) -> None:
+def _child(name: str, folder: str) -> None:
     """The verdict goes to a file; so does the traceback of whatever the modeling code raises."""
     os.dup2(os.open(Path(folder, "stderr.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    Path(folder, "verdict.json").write_text(json.dumps(asdict(admit(model_type))))
+    Path(folder, "verdict.json").write_text(json.dumps(asdict(admit(name))))
 
 
 def _last_error(stderr: str) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ingot.ops.errors import IngotError
 
+from . import sentence_transformers
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -18,7 +20,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json",
 )  # fmt: skip
-_CONFIG_FILES = ("config.json", "generation_config.json")
+_CONFIG_FILES = ("config.json", "generation_config.json", *sentence_transformers.FILES)
 _WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -64,7 +66,7 @@ def _download(repo: str, trust_remote_code: bool, weights: bool) -> Path:
     wanted = [*_CONFIG_FILES, *_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if trust_remote_code else ())]
     by_hand = f"download it where there is a network, with `hf download {repo}`, and name the folder"
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="*/*"))
+        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="[!1]*/*"))  # of folders, 1_Pooling alone
     except HFValidationError as e:
         raise SourceError(f"{repo} is neither a folder nor a hub id: {e}") from None
     except GatedRepoError:

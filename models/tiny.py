@@ -113,7 +113,11 @@ OWN: dict[str, dict[str, Any]] = {
 """What a model needs beyond `_SIZES`, or sets so that each of its features shows (caps small enough to bend scores)."""
 
 
-OWN_ENCODER: dict[str, dict[str, Any]] = {}
+OWN_ENCODER: dict[str, dict[str, Any]] = {
+    "esmc": {"num_key_value_heads": 4},
+    "squeezebert": {"embedding_size": 64},
+    "xmod": {"default_language": "en_XX"},
+}
 """The same for encoders."""
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.gate_record import refuse_failed
+from ingot.artifacts.files import ArtifactError
 from ingot.artifacts.settings import settings
 from ingot.ops.target import check_runs_here
 
@@ -28,6 +29,8 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
     progress("check the artifact", 0.0)
     artifact = Artifact.open(path)
     manifest = artifact.manifest
+    if manifest.entry_point != "forward":
+        raise ArtifactError(f"{artifact.root} holds {manifest.model.architecture}, an encoder, which generates nothing; use Embedder, or `ingot embed`")
     check_runs_here(manifest.target, f"ingot compile {manifest.model.name} --target auto")
     if manifest.target.kind == "cpu":
         torch.set_num_threads(options.num_threads or settings().num_threads)

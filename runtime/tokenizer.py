@@ -66,9 +66,16 @@ class Tokenizer:
         """Token ids, added tokens included; a model's vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens are added as tokenizer.json says, which a chat template's text has already."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
+        """Token ids of `text`; special tokens are added as tokenizer.json says, which a chat template's text has already.
+
+        With `max_length`, the text's end is cut so that so many remain, special tokens included.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens and max_length is None)
+        if max_length is not None:
+            encoding.truncate(max(max_length - self._backend.num_special_tokens_to_add(False) * add_special_tokens, 0))
+            encoding = self._backend.post_process(encoding, add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. For text that grows there is `Detokenizer`."""

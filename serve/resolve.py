@@ -85,7 +85,7 @@ def _checkpoint(name: str) -> Iterator[str]:
     folder = _package("models") / "bundled" if name == "bundled" else Path(name)
     if folder.is_dir():
         yield str(folder.resolve())
-        yield from _stats(f for f in folder.iterdir() if f.is_file())
+        yield from _stats(f for f in (*folder.iterdir(), *folder.glob("1_Pooling/*")) if f.is_file())
     else:
         from huggingface_hub.constants import HF_HUB_CACHE  # here: an artifact needs no hub
 

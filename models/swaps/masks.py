@@ -55,10 +55,10 @@ def _refused(name: str, reason: str) -> Callable[..., Mask]:
 
 
 def _both_ways(name: str, geometry: Callable[[Any], Mask]) -> Callable[..., Mask]:
-    def create(config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Mask:
-        extras = ("encoder_hidden_states", "past_key_values", "or_mask_function", "and_mask_function")
-        for extra, value in (("attention_mask", attention_mask), *((n, kwargs.get(n)) for n in extras)):
-            if value is not None:
+    def create(config: Any, inputs_embeds: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Mask:
+        extras = {n: kwargs.get(n) for n in ("encoder_hidden_states", "past_key_values", "or_mask_function", "and_mask_function")}
+        for extra, value in {"attention_mask": attention_mask, **extras}.items():
+            if value is not None and value != Mask(causal=False):
                 raise TraceError(f"{type(config).__name__}: {name} is given {extra}, which packed attention does not know")
         return geometry(config)
 

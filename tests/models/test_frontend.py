@@ -134,7 +134,7 @@ def test_the_config_is_left_alone() -> None:
 def test_a_model_that_is_not_causal() -> None:
     from transformers import BertConfig, ViTConfig
 
-    with pytest.raises(TraceError, match=r"'vit'.*is no causal language model"):
+    with pytest.raises(TraceError, match=r"'vit'.*is neither a causal language model nor an encoder"):
         trace(ViTConfig(), dtype=torch.float32)
     config = BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48, vocab_size=99, architectures=["BertLMHeadModel"])
     with pytest.raises(TraceError, match=re.escape("create_bidirectional_mask")):

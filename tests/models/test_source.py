@@ -107,7 +107,7 @@ def test_hub_id_asks_for_what_is_needed(tmp_path: Path, monkeypatch: pytest.Monk
     assert resolve("org/Model-1B").name == "Model-1B"
     resolve("org/Model-1B", weights=False, trust_remote_code=True)
     (repo, first, ignored), (_, second, _) = asked
-    assert (repo, ignored) == ("org/Model-1B", "*/*")
+    assert (repo, ignored) == ("org/Model-1B", "[!1]*/*")
     assert {"config.json", "tokenizer.json", "model*.safetensors"} <= first
     assert "*.py" not in first
     assert first ^ second == {"model*.safetensors", "model.safetensors.index.json", "*.py"}
