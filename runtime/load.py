@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ingot.artifacts.artifact import Artifact
-from ingot.artifacts.gate_record import refuse_failed
 from ingot.artifacts.files import ArtifactError
+from ingot.artifacts.gate_record import refuse_failed
 from ingot.artifacts.settings import settings
 from ingot.ops.target import check_runs_here
 

@@ -15,7 +15,7 @@ def let_go() -> Callable[[Call, dict[str, Any]], dict[str, Any]]:
 
     def let_go(call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
         window, page_size = inputs.get("window"), inputs["k_cache"].shape[2] if "k_cache" in inputs else 0
-        if not window:
+        if not window or not page_size:
             return inputs
         table, starts = inputs["page_table"].clone(), inputs["cu_seqlens_q"].tolist()
         names = ("k_cache", "v_cache") if inputs.get("k_scale") is None else ("k_scale", "v_scale")
