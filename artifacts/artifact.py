@@ -24,8 +24,23 @@ from ingot.ops.target import Target
 
 from .chunks import Progress, check_chunks, map_file
 from .files import AGAIN, ArtifactError, check_relative, flush, link, read, writing
-from .manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, Embedding, Group, Manifest, ModelInfo, Options, State, WeightTensor
-from .manifest import check_key, decode, encode, kv_layout, seal
+from .manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    Embedding,
+    Group,
+    Manifest,
+    ModelInfo,
+    Options,
+    State,
+    WeightTensor,
+    check_key,
+    decode,
+    encode,
+    kv_layout,
+    seal,
+)
 from .plan import Kernel, Variant
 from .settings import settings
 
