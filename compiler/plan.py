@@ -130,7 +130,7 @@ def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Cho
     used = {*results, *(o for e in planner.entries for o in e.outputs)}
     used |= {v for e in planner.entries for a in (*e.args, *e.kwargs.values()) for v in a.names()}
     used |= {values[v].root for v in used if values[v].root}
-    return Variant(graph.entry_point, name, steps.max_tokens, steps.max_seqs, steps.max_num_new, steps.max_rows, capture,
+    return Variant(outline.graph.entry_point, name, steps.max_tokens, steps.max_seqs, steps.max_num_new, steps.max_rows, capture,
                    tuple(v for v in values.values() if v.name in used), tuple(planner.entries), results, arena_bytes)  # fmt: skip
 
 
