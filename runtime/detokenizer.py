@@ -20,23 +20,28 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stop = stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_whole = True  # no bytes wait for the rest of their character
         self._held = ""
 
     def feed(self, token_id: int) -> str:
         """The text that this token decides; "" once stopped."""
-        return self._decide(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        text = self._tokenizer.token_text(token_id) if self._is_whole else None
+        if text is None:
+            text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+            self._is_whole = not self._utf8.getstate()[0]
+        return self._decide(text) if self._stop else text
 
     def finish(self) -> str:
         """What was held back, when no token will follow."""
-        text = self._decide(self._utf8.decode(b"", final=True))
+        text = self._utf8.decode(b"", final=True)
+        if self._stop:
+            text = self._decide(text)
         text, self._held = text + self._held, ""
         return text
 
     def _decide(self, text: str) -> str:
         if self.stopped is not None:
             return ""
-        if not self._stop:
-            return text
         text = self._held + text
         found = [(begin + len(s), -len(s), s) for s in self._stop if (begin := text.find(s)) >= 0]
         if found:

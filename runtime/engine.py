@@ -101,6 +101,7 @@ class Engine:
                 max_tokens=max_tokens,
                 token_ids=list(prompt),
                 sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
+                stop_ids=(frozenset() if params.ignore_eos else self._eos).union(params.stop_token_ids),
                 detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop),
             )
             for i in range(params.n)
@@ -120,8 +121,8 @@ class Engine:
             raise RequestError(f"{where}: the id is in use; give every request its own")
         if not prompt:
             raise RequestError(f"{where}: the prompt is empty; it needs at least one token")
-        wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
-        if wrong is not None:
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            wrong = next(t for t in prompt if not 0 <= t < vocab_size)
             raise RequestError(f"{where}: prompt token {wrong} is not in the vocabulary of {vocab_size}")
         total = len(prompt) + (params.max_tokens or 1)
         if total > self.info.max_model_len:
@@ -204,36 +205,36 @@ class Engine:
         """One more token of `seq`, and what follows from it."""
         if token < 0:
             return self._end(seq, "error", "the model's logits are not finite: its weights or kernels are damaged")
-        params, detokenizer = seq.request.params, seq.detokenizer
+        ids, text = seq.token_ids, ""
+        is_first = len(ids) == seq.num_prompt
+        ids.append(token)
+        self._generated_tokens += 1
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token in seq.stop_ids:
+            reason, stop_reason = "stop", token if token in seq.request.params.stop_token_ids else None
+        elif seq.detokenizer is not None:
+            text = seq.detokenizer.feed(token)
+            if seq.detokenizer.stopped is not None:
+                reason, stop_reason = "stop", seq.detokenizer.stopped
+        if reason is None and len(ids) == seq.num_prompt + seq.max_tokens:
+            reason = "length"
+        if reason is None and not is_first:  # as a rule
+            return Delta(seq.request.id, seq.index, [token], text, logprobs)
         prompt_logprobs = None
-        if seq.num_output == 0:
+        if is_first:
             self._start_siblings(seq)
             if seq.index == 0:
                 self._prompt_tokens += seq.num_prompt
                 prompt_logprobs = seq.prompt_logprobs or None
-        seq.token_ids.append(token)
-        self._generated_tokens += 1
-        text = ""
-        reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        if token in self._eos and not params.ignore_eos:
-            reason = "stop"
-        elif token in params.stop_token_ids:
-            reason, stop_reason = "stop", token
-        elif detokenizer is not None:
-            text = detokenizer.feed(token)
-            if detokenizer.stopped is not None:
-                reason, stop_reason = "stop", detokenizer.stopped
-        if reason is None and seq.num_output >= seq.max_tokens:
-            reason = "length"
         if reason is not None:
             text += self._free(seq)
-        return Delta(seq.request.id, seq.index, seq.usage(), [token], text, logprobs, prompt_logprobs, reason, stop_reason)
+        return Delta(seq.request.id, seq.index, [token], text, logprobs, prompt_logprobs, reason, stop_reason, seq.usage())
 
     def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> Delta:
         """End `seq` without another token."""
         text = self._free(seq)
-        return Delta(seq.request.id, seq.index, seq.usage(), text=text, finish_reason=reason, stop_reason=stop_reason)
+        return Delta(seq.request.id, seq.index, text=text, finish_reason=reason, stop_reason=stop_reason, usage=seq.usage())
 
     def _free(self, seq: Sequence) -> str:
         """Take `seq` out, and free what it holds; the text that was held back."""

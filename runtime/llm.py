@@ -51,7 +51,7 @@ class RequestOutput:
         output = self.outputs[delta.index]
         if delta.token_ids and not self.timing.first_token:
             self.timing.first_token = seconds
-            self.cached_tokens = delta.usage.cached_tokens
+            self.cached_tokens = delta.usage.cached_tokens if delta.usage is not None else 0
         output.token_ids += delta.token_ids
         output.text += delta.text
         if delta.logprobs is not None:

@@ -96,7 +96,7 @@ class Request(msgspec.Struct, frozen=True):
     cache_keys: tuple[str, ...] = ()  # what else decides the KV of a token: adapter, media, salt
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """A token's natural-log probability, and the most probable (token id, log-probability) pairs, best first."""
 
     token_id: int
@@ -104,7 +104,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens so far: of the prompt, those of it whose KV came from the prefix cache, generated."""
 
     prompt_tokens: int
@@ -112,22 +112,23 @@ class Usage(msgspec.Struct, frozen=True):
     output_tokens: int
 
 
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one step added to continuation `index` of a request.
 
     `token_ids` include the end-of-sequence or stop token, `text` does not; `text` may lag behind while characters or
-    stop strings are undecided. `prompt_logprobs` (None for the first token) come once, with index 0's first token.
+    stop strings are undecided. `prompt_logprobs` (None for the first token) come once, with index 0's first token; `usage` comes
+    with the first token and at the end.
     """
 
     request_id: str
     index: int
-    usage: Usage
     token_ids: list[int] = []
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id; of an error, what happened
+    usage: Usage | None = None
 
 
 class Status(enum.Enum):
@@ -146,6 +147,7 @@ class Sequence:
     max_tokens: int
     token_ids: list[int]  # prompt and output
     sampling: bytes  # `records.sampling_record`
+    stop_ids: frozenset[int] = frozenset()  # the end-of-sequence ids among them, unless they are ignored
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
     num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet

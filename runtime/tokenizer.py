@@ -59,6 +59,7 @@ class Tokenizer:
         self._template = template.read_text() if template.is_file() else self.config.get("chat_template")
         self._special = frozenset(t.id for t in self._file.added_tokens if t.special)
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}  # of tokens that are whole characters
         self._to_bytes = _decoder(self._file.decoder)
 
     @property
@@ -91,6 +92,16 @@ class Tokenizer:
             known = b"" if token is None else self._to_bytes(token)
             self._bytes[token_id] = known
         return known
+
+    def token_text(self, token_id: int) -> str | None:
+        """The text that a token adds between whole characters; None when it has parts of some."""
+        text = self._texts.get(token_id)
+        if text is None:
+            try:
+                text = self._texts[token_id] = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                return None
+        return text
 
     @property
     def has_chat_template(self) -> bool:

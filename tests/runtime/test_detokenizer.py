@@ -16,6 +16,12 @@ class Pieces:
     def token_bytes(self, token_id: int) -> bytes:
         return self.pieces[token_id]
 
+    def token_text(self, token_id: int) -> str | None:
+        try:
+            return self.pieces[token_id].decode()
+        except UnicodeDecodeError:
+            return None
+
 
 def feed(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], str | None]:
     """The text that each token decides, until a stop string is found, and what is left at the end."""
