@@ -44,6 +44,12 @@ class Arg(msgspec.Struct, frozen=True, omit_defaults=True):
             return [n for i in self.items for n in i.names()]
         return [] if self.value is None else [self.value]
 
+    def dims(self) -> list[Dim]:
+        """The sizes it is."""
+        if self.items is not None:
+            return [d for i in self.items for d in i.dims()]
+        return [] if self.dim is None else [self.dim]
+
 
 class Grid(msgspec.Struct, frozen=True, omit_defaults=True):
     """One axis of a launch grid: ceil(dim / block)."""
@@ -81,11 +87,31 @@ class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
     max_seqs: int
     max_num_new: int
     max_rows: int
-    capture: bool  # replayed as a CUDA graph at exactly T = S = R = max_seqs; smaller steps are padded
+    capture: tuple[int, ...]  # T at which it is replayed as a CUDA graph, ascending; a smaller step is padded to the next of them
     values: tuple[Value, ...]
     entries: tuple[Entry, ...]
     results: tuple[str, ...]
     arena_bytes: int
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is captured at T = S = R, for steps with one token of every sequence."""
+        return bool(self.capture) and self.max_num_new == 1
+
+    def num_before_rows(self) -> int:
+        """Entries at the front whose sizes do not depend on R: padding tokens and sequences makes them those of another step."""
+        values = {v.name: v for v in self.values}
+
+        def has_rows(dim: Dim) -> bool:
+            return isinstance(dim, dict) and "R" in dim
+
+        def depends(entry: Entry) -> bool:
+            args = (*entry.args, *entry.kwargs.values())
+            used = [values[n] for n in (*entry.outputs, *(n for a in args for n in a.names()))]
+            dims = [d for v in used for d in (*v.shape, *(v.strides or ()), v.offset)] + [g.dim for g in entry.grid] + [d for a in args for d in a.dims()]
+            return any(map(has_rows, dims))
+
+        return next((i for i, entry in enumerate(self.entries) if depends(entry)), len(self.entries))
 
 
 class Kernel(msgspec.Struct, frozen=True, omit_defaults=True):

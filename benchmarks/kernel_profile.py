@@ -2,7 +2,8 @@
 
     python benchmarks/kernel_profile.py CONFIG_DIR_OR_MODEL [--batch 1,16,64,256] [--prefill 1024,8192] [-o FILE.json]
 
-Decode steps are replays of the captured graph at `--context` cached tokens on shuffled pages; prefills are launched entry by entry.
+Decode steps are replays of the captured graph at `--context` cached tokens on shuffled pages; prefills of up to 1,024
+tokens too, larger ones are launched entry by entry.
 "busy" is the sum of the kernels' times, "span" the time from the first kernel's start to the last one's end.
 """
 

@@ -187,7 +187,7 @@ class Job:
                                self.table, measure=self.measure)  # fmt: skip
             done("kernels")
             planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for s in specs)
-            plans = [v for v in planned if not v.capture or _capturable(v)]
+            plans = [v if _capturable(v) else msgspec.structs.replace(v, capture=()) for v in planned if not v.decodes or _capturable(v)]
             for variant in plans:
                 writer.add_plan(variant)
             used = {e.kernel for v in plans for e in v.entries if e.backend != "torch"}

@@ -116,7 +116,7 @@ def _aligned(value: Value) -> bool:
     return all(t * itemsize % 64 == 0 for t in terms)
 
 
-def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Choice], *, capture: bool = False) -> Variant:
+def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Choice], *, capture: tuple[int, ...] = ()) -> Variant:
     """The plan of a graph for `steps`; `choose` names the kernels of each dialect call."""
     planner = _Planner(outline)
     for step in outline.steps:

@@ -64,21 +64,20 @@ class StepLayout:
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a layout lives as long as the process)
     def fields(self, size: StepSize) -> Mapping[str, Field]:
-        """Every array of a step of this size. Page tables come last: they are the large part."""
+        """Every array of a step of this size. What depends on T and S comes first, so that plans find it whatever R is, and page tables last."""
         T, S, R, longest = size
         shapes: dict[str, tuple[tuple[int, ...], int, int | None]] = {
             "token_ids": ((T,), 0, 0),
             "token_sources": ((T,), 0, self.num_samples + TOKENS - 1),  # the 0 of the header
             "positions": ((T,), 0, 0),
-            "cu_seqlens_q": ((S + 1,), 1, None),
-            "seq_lens": ((S,), 1, 0),
-            "logits_rows": ((R,), 2, 0),
         }
+        shapes |= {f"slot_mapping_{group}": ((T,), 0, -1) for group, _, _ in self.page_groups}
+        shapes |= {"cu_seqlens_q": ((S + 1,), 1, None), "seq_lens": ((S,), 1, 0)}
         if self.slots:
             shapes["state_slots"] = ((S,), 1, -1)
+        shapes["logits_rows"] = ((R,), 2, 0)
         for name in SAMPLING.names or ():
             shapes[name] = ((R, *SAMPLING[name].shape), 2, {"top_p": 1, "num_logprobs": -1, "target": -1}.get(name, 0))
-        shapes |= {f"slot_mapping_{group}": ((T,), 0, -1) for group, _, _ in self.page_groups}
         shapes |= {f"page_table_{group}": ((S, min(columns, -(-longest // page_size))), 1, None) for group, page_size, columns in self.page_groups}
         fields, offset = {}, TOKENS
         for name, (shape, axis, padding) in shapes.items():

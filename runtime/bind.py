@@ -28,9 +28,13 @@ class BoundPlan:
 
 
 def bind(
-    variant: Variant, sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor, kernels: Mapping[str, Loaded], device: torch.device
-) -> BoundPlan:
-    """Bind `variant` for a step of these `sizes`. `roots`: inputs (as large as they get), states and weights by name; `arena` is bytes."""
+    variant: Variant, sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor, kernels: Mapping[str, Loaded], device: torch.device,
+    part: slice = slice(None),
+) -> BoundPlan:  # fmt: skip
+    """Bind `variant` for a step of these `sizes`. `roots`: inputs (as large as they get), states and weights by name; `arena` is bytes.
+
+    `part`: of the entries, which.
+    """
     by_name = {v.name: v for v in variant.values}
     tensors: dict[str, torch.Tensor] = {}
 
@@ -40,7 +44,7 @@ def bind(
         return tensors[name]
 
     calls: list[Callable[[], object]] = []
-    for entry in variant.entries:
+    for entry in variant.entries[part]:
         args = [value(a, tensor, sizes, device) for a in entry.args]
         if entry.backend == "torch":
             calls.append(_eager(entry, args, {k: value(v, tensor, sizes, device) for k, v in entry.kwargs.items()}, [tensor(o) for o in entry.outputs]))

@@ -15,16 +15,25 @@ from ingot.artifacts.plan import Variant
 
 from .batch import Sampled, StepBatch, StepLayout, StepSize
 from .bind import BoundPlan, bind
-from .cuda_graph import CapturedPlan, capture
+from .cuda_graph import capture
 from .kv_cache import GroupInfo
 from .memory import MemoryPlan
+from .padding import padded
 from .protocol import ExecutorInfo
 from .sampler import SamplingRows, sample
 from .staging import Staging
 
 Progress = Callable[[str, float], None]
-BOUND_PLANS = 64
-"""Step sizes whose plans stay bound; a decode step of a size seen before costs no binding."""
+BOUND_PLANS = 256
+"""Step sizes whose plans stay bound; a step of a size seen before costs no binding."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The first entries of a plan, as a CUDA graph."""
+
+    graph: torch.cuda.CUDAGraph
+    num_entries: int
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,13 @@ class Executor:
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
         self._staging = Staging(self.layout, largest, self.device)
         self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
-        self._bound: OrderedDict[tuple[str, StepSize], BoundPlan] = OrderedDict()
-        self._captured: dict[str, CapturedPlan] = {}
+        self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
+        self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
         self._capture(progress)
 
     def batch(self, size: StepSize) -> StepBatch:
         """A batch for the next step, of the size that its variant runs at."""
-        variant = self._variant(size)
-        n = variant.max_seqs
-        return self._staging.batch(size, size._replace(num_tokens=n, num_seqs=n, num_rows=n) if variant.capture else size)
+        return self._staging.batch(size, padded(size, self._variant(size)) if self.device.type == "cuda" else size)
 
     def launch(self, batch: StepBatch) -> LaunchedStep:
         """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
@@ -98,45 +105,53 @@ class Executor:
 
     def captured(self, size: StepSize) -> bool:
         """Whether a step of this size is replayed as a CUDA graph."""
-        return self._variant(size).capture
+        variant = self._variant(size)
+        return (variant.name, padded(size, variant).num_tokens) in self._captured
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         """Logits at every row, those of padding too."""
         assert batch.layout == self.layout, "the cache and the executor disagree about page tables"
-        variant = self._variant(batch.padded)
-        plan = self._captured[variant.name] if variant.capture else self._bind(variant, batch.padded)
+        variant = self._variant(batch.size)
+        captured = self._captured.get((variant.name, batch.padded.num_tokens))
+        rest = self._bind(variant, batch.padded, captured.num_entries if captured is not None else 0)
         self._staging.upload(batch)
-        plan.run()
-        return plan.results[0]
+        if captured is not None:
+            captured.graph.replay()
+        rest.run()
+        return rest.results[0]
 
     def _variant(self, size: StepSize) -> Variant:
         decode = size.num_tokens == size.num_seqs
         for v in self._variants:
-            if v.capture and (not decode or v.name not in self._captured):
+            if v.decodes and not decode:
                 continue
             if size.num_tokens <= v.max_tokens and size.num_seqs <= v.max_seqs and size.num_rows <= v.max_rows:
                 return v
         raise ValueError(f"no variant takes {size.num_tokens} tokens of {size.num_seqs} sequences with {size.num_rows} logits rows")
 
-    def _bind(self, variant: Variant, size: StepSize) -> BoundPlan:
-        key = (variant.name, size._replace(longest=0))  # page tables lie apart
+    def _bind(self, variant: Variant, size: StepSize, first: int) -> BoundPlan:
+        """The entries from `first` on, for steps padded to `size`."""
+        key = (variant.name, size._replace(longest=0), first)  # page tables lie apart
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
-        sizes = {"T": size.num_tokens, "S": size.num_seqs, "R": size.num_rows}
-        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, _, c in self.layout.page_groups}
-        plan = bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device)
-        self._bound[key] = plan
+        plan = self._bound[key] = self._bind_part(variant, size, slice(first, None))
         if len(self._bound) > BOUND_PLANS:
             self._bound.popitem(last=False)
         return plan
 
+    def _bind_part(self, variant: Variant, size: StepSize, part: slice) -> BoundPlan:
+        sizes = {"T": size.num_tokens, "S": size.num_seqs, "R": size.num_rows}
+        sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, _, c in self.layout.page_groups}
+        return bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device, part)
+
     def _capture(self, progress: Progress) -> None:
-        """Capture every decode variant, largest first, so that the pool is allocated once."""
-        variants = [v for v in reversed(self._variants) if v.capture]
-        pool = torch.cuda.graph_pool_handle() if variants else None
-        for i, v in enumerate(variants):
-            progress("capture CUDA graphs", i / len(variants))
-            size = StepSize(v.max_seqs, v.max_seqs, v.max_seqs, 0)
+        """Capture every variant at each of its sizes, largest first, so that the pool is allocated once."""
+        wanted = sorted(((t, v.decodes, v.name, v) for v in self._variants for t in v.capture), reverse=True, key=lambda w: w[:3])
+        pool = torch.cuda.graph_pool_handle() if wanted else None
+        for i, (tokens, decodes, name, variant) in enumerate(wanted):
+            progress("capture CUDA graphs", i / len(wanted))
+            size = padded(StepSize(tokens, 1, 1, 0), variant)
             self._staging.upload(self._staging.batch(StepSize(0, 0, 0, 0), size))
-            self._captured[v.name] = capture(self._bind(v, size), pool)
+            count = len(variant.entries) if decodes else variant.num_before_rows()
+            self._captured[name, tokens] = _Captured(capture(self._bind_part(variant, size, slice(count)), pool), count)

@@ -75,6 +75,10 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def _captured(buckets: list[int]) -> str:
+    return f", CUDA graphs at T = {', '.join(map(str, buckets))}" if buckets else ""
+
+
 def _print(d: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -99,7 +103,7 @@ def _print(d: dict[str, Any]) -> None:
         console.print(f"[bold]{name:9}[/] {value}")
     for variant in d["variants"]:
         counts = ", ".join(f"{n} {backend}" for backend, n in sorted(variant["backends"].items()))
-        title = f"{variant['name']}: T ≤ {variant['max_tokens']}, S ≤ {variant['max_seqs']}{', captured' if variant['capture'] else ''}; entries: {counts}"
+        title = f"{variant['name']}: T ≤ {variant['max_tokens']}, S ≤ {variant['max_seqs']}{_captured(variant['capture'])}; entries: {counts}"
         table = Table("calls", "op", "backend", "kernel", "chosen because", "gate", title=title, title_justify="left")
         grouped = Counter((e["target"], e["backend"], e["kernel"], e["reason"], e.get("gate", "")) for e in variant["entries"])
         for (target, backend, kernel, reason, gate), calls in grouped.items():

@@ -66,7 +66,7 @@ def write(writer: ArtifactWriter, key: str, seed: int = 0, max_model_len: int = 
     for i, name in enumerate(VARIANTS):
         value = Value("x", "bfloat16", ({"T": 2, "": 1}, 64), "arena")
         entry = Entry("n", "ingot.rms_norm", "tvm", (Arg(value="x"), Arg(const=1e-6)), ("x",), KERNELS[i], reason="only claimant")
-        writer.add_plan(Variant("forward", name, 17, 1, 17, 1, False, (value,), (entry,), ("x",), 256))
+        writer.add_plan(Variant("forward", name, 17, 1, 17, 1, (), (value,), (entry,), ("x",), 256))
     for name, tensor in tensors(seed, large).items():
         writer.weights().add(name, tensor, Recipe("cat", (0,), (Recipe("tensor", (f"model.{name}",)), Recipe("constant", ("zeros",)))))
     writer.weights().add_seed("dummy", torch.bfloat16, (33, 7), Recipe("seed", (seed + 41, 0.25, 1.5)))
