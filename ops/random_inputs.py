@@ -64,6 +64,9 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if not arg.dtype.is_floating_point:
         value = batch[name] if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
         return value.to(arg.dtype).to(device).contiguous()
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        return (torch.rand(shape, generator=generator) * (high - low) + low).to(arg.dtype).to(device)
     if name in ("cos", "sin"):
         angle = torch.rand(shape, generator=generator) * 6.28
         return (angle.cos() if name == "cos" else angle.sin()).to(arg.dtype).to(device)
@@ -77,9 +80,15 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     return value.to(arg.dtype)
 
 
+_RANGES = {"temperature": (0.3, 1.5), "top_p": (0.3, 1.0), "min_p": (0.0, 0.05)}
+_BOUNDS = {"top_k": 64, "step": 1000, "seed": 1 << 31}
+
+
 def _bound(name: str, call: Call, sizes: dict[str, int]) -> int:
     """One more than the largest index that argument `name` may hold."""
     table: dict[str, tuple[str, int]] = {"ids": ("weight", 0), "rows": ("x", 0), "expert_ids": ("weight" if "weight" in call.args else "w_in", 0)}
+    if name in _BOUNDS:
+        return _BOUNDS[name]
     if name not in table:
         raise ValueError(f"no rule for the integer argument {name} of {call.op}: add one to random_inputs")
     other, dim = table[name]

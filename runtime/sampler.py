@@ -1,8 +1,7 @@
 """From logits to tokens, on CPU and CUDA alike, without waiting for the device.
 
-Randomness is counter-based: the noise of a token is a hash (SplitMix64; Steele, Lea and Flood 2014) of the request's seed,
-the step and the token's id, and the token with the largest log-probability plus Gumbel noise is an exact draw. What a
-request gets therefore depends on nothing else in its batch.
+A draw is the token with the largest log-probability plus its Gumbel noise (`ops.sampling.gumbel`), so that what a request gets
+depends on nothing else in its batch.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+
+from ingot.ops.sampling import gumbel
 
 from .batch import Sampled, StepBatch
 
@@ -151,23 +152,4 @@ def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 def _draw(scores: torch.Tensor, ids: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Index of one column per row, with probability softmax(scores) over those within min-p of the best, which is 0. ids: [V] or [R, K]."""
     scores = scores.masked_fill(scores < rows.min_p.log()[:, None], float("-inf"))
-    return (scores + _gumbel(rows.seed, rows.step, ids)).argmax(-1)
-
-
-def _gumbel(seed: torch.Tensor, step: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, a pure function of seed [R], step [R] and token ids ([V] or [R, K])."""
-    stream = _mix(_mix(seed + _GOLDEN) + step.long() * _GOLDEN)
-    bits = _mix(stream[:, None] + ids * _GOLDEN)
-    # Small values of −log(1 − u) decide a draw: u near 0 keeps its full relative precision as a float.
-    uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).float() + 0.5) * 2.0**-53
-    return -(-torch.log1p(-uniform)).log()
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-
-
-def _mix(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer; shifts are logical, products wrap."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - (1 << 64))
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+    return (scores + gumbel(rows.seed, rows.step, ids)).argmax(-1)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import importlib
 
-FAMILIES = ("attention", "causal_attention", "decode_attention", "embedding", "glu", "kv_cache", "linear", "norm", "packed_attention", "pooling", "rotary")
+FAMILIES = (
+    "attention",
+    "causal_attention",
+    "decode_attention",
+    "embedding",
+    "glu",
+    "kv_cache",
+    "linear",
+    "norm",
+    "packed_attention",
+    "pooling",
+    "rotary",
+    "sampling",
+)
 
 
 def load() -> None:

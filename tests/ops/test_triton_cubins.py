@@ -38,6 +38,8 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
                                "slot_mapping": slots, **batch, "sinks": None, "num_heads": h, "num_kv_heads": k, "style": "neox", "eps": 1e-6,
                                "offset": 0.0, "scale": e**-0.5, "window": 0, "chunk": 0, "softcap": 0.0,
                                **written}, (Tensor(dtype, (T, h, f)),)),
+        Call("sample", {"logits": Tensor(dtype, (R, 128256)), "temperature": Tensor(F32, (R,)), "top_k": Tensor(I32, (R,)), "top_p": Tensor(F32, (R,)),
+                        "min_p": Tensor(F32, (R,)), "seed": Tensor(I32, (R, 2)), "step": Tensor(I32, (R,))}, (Tensor(I32, (R,)),)),
         Call("glu", {"gate_up": Tensor(dtype, (T, 6 * hidden)), "act": "gelu_tanh"}, (Tensor(dtype, (T, 3 * hidden)),)),
         Call("embedding", {"ids": slots, "weight": Tensor(dtype, (1000, hidden))}, (x,)),
         Call("gather_rows", {"x": x, "rows": Tensor(I32, (R,))}, (Tensor(dtype, (R, hidden)),)),

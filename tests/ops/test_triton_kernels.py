@@ -138,7 +138,7 @@ class Case:
         made = {}
         for name, arg in call.args.items():
             if name in self.values:
-                made[name] = self.values[name].to(device)
+                made[name] = self.values[name].to(arg.dtype).to(device)
             elif isinstance(arg, Tensor) and arg.dtype == torch.int8:
                 made[name] = torch.randint(-127, 128, [evaluate(d, self.sizes) for d in arg.shape], generator=generator, dtype=torch.int8).to(device)
             elif isinstance(arg, Tensor) and name.endswith(("_scale", "_static")):
@@ -342,6 +342,28 @@ def pool_cases():
     return {"ragged": case((19, 1, 0, 5, 33, 2), 72, (0, 0, 1, 1, 2, 0)), "wide": case((3, 4), 300, (2, 0))}
 
 
+def sampling_cases():
+    """Rows that are greedy, plain, cut by rank, by mass, by both and by min-p; few values, so that many are equal, or none finite."""
+    settings = torch.tensor([[0, 0, 1, 0], [0.7, 0, 1, 0], [1.3, 5, 1, 0], [1, 0, 0.6, 0], [0.8, 40, 0.5, 0], [1, 0, 1, 0.2], [2, 1, 0.9, 0],
+                             [1, 700, 0.999, 0.01], [1, 3000, 0.01, 0], [1, 0, 0.9, 0], [0, 0, 1, 0]])  # fmt: skip
+    temperature, top_k, top_p, min_p = (column.contiguous() for column in settings.T)
+
+    def case(vocab, spread, levels=0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        rows = len(settings)
+        logits = torch.randn(rows, vocab, generator=generator) * spread
+        if levels:
+            logits = (logits * levels / spread).round() / levels
+        logits[-1, vocab // 2] = float("nan")
+        values = {"logits": logits, "temperature": temperature, "top_k": top_k.to(I32), "top_p": top_p, "min_p": min_p,
+                  "seed": torch.randint(-(2**31), 2**31 - 1, (rows, 2), generator=generator).to(I32), "step": torch.arange(rows, dtype=I32)}  # fmt: skip
+        args = {"logits": tensor(R, vocab), **{n: tensor(R, dtype=F32) for n in ("temperature", "top_p", "min_p")}}
+        args = {n: args.get(n, tensor(R, dtype=I32)) for n in values} | {"seed": tensor(R, 2, dtype=I32)}
+        return Case(args, (tensor(R, dtype=I32),), {"R": rows}, values)
+
+    return {"wide": case(5003, 3.0), "equal": case(997, 1.0, 2, 1), "peaked": case(4096, 8.0, 0, 2), "narrow": case(70, 2.0, 1, 3)}
+
+
 CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
@@ -352,6 +374,7 @@ CASES = {
     "rms_norm_linear": norm_linear_cases("rms_norm_linear"),
     "rms_norm_linear_glu": norm_linear_cases("rms_norm_linear_glu"),
     "qkv_attention": qkv_attention_cases(),
+    "sample": sampling_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
     },

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ingot.ops.sampling import gumbel
 from ingot.runtime import sampler
 from ingot.runtime.batch import StepBatch, StepLayout, StepSize
 from ingot.runtime.records import SAMPLING, sampling_record
@@ -167,15 +168,15 @@ def test_seeds_steps_and_tokens_give_unrelated_noise():
     seeds = torch.arange(200, dtype=torch.int64)
     steps = torch.zeros(200, dtype=torch.int32)
     ids = torch.arange(500)
-    noise = sampler._gumbel(seeds, steps, ids)
+    noise = gumbel(seeds, steps, ids)
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.015)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
-    by_step = sampler._gumbel(torch.zeros(200, dtype=torch.int64), torch.arange(200, dtype=torch.int32), ids)
+    by_step = gumbel(torch.zeros(200, dtype=torch.int64), torch.arange(200, dtype=torch.int32), ids)
     for a in (noise, by_step):
         for x, y in [(a[1:], a[:-1]), (a[:, 1:], a[:, :-1]), (a[2:, 1:], a[:-2, :-1])]:
             assert abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()) < 0.015
     assert len(torch.unique(noise)) > 0.97 * noise.numel()
-    torch.testing.assert_close(sampler._gumbel(seeds[7:8], steps[:1], ids[None, 40:50]), noise[7:8, 40:50])
+    torch.testing.assert_close(gumbel(seeds[7:8], steps[:1], ids[None, 40:50]), noise[7:8, 40:50])
 
 
 def test_logprobs_are_of_the_raw_distribution():
