@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .kv_cache import GroupInfo, KVCache
+from .logit_rules import LogitEdits
 from .records import GREEDY, SAMPLING
 from .request import Sequence
 from .scheduler import Step
@@ -98,6 +99,7 @@ class StepBatch:
     For every page group g, `page_table_<g>` [S, columns] (past a sequence's pages: garbage) and `slot_mapping_<g>` [T];
     `state_slots` [S] if the model has slots; and for each of R rows the fields of `SAMPLING`. Input ids are the elements
     `token_sources` [T] of the last step's samples [num_samples] with this buffer behind them; `token_ids` [T] are those that are known.
+    `edits`, if requests have rules for their logits: a buffer of its own, since few have.
 
     What padding adds has no effect: sequences with seq_len 0, slot −1 and one token of id 0 while there are tokens left to
     give, and rows that are greedy over row 0. It is there from the start, and all tokens are known; the rest is garbage until it is packed.
@@ -117,6 +119,7 @@ class StepBatch:
         if any(n > m for n, m in zip(size, self.padded, strict=True)):
             raise ValueError(f"a step of {size} does not fit in {self.padded}")
         self.size = size
+        self.edits: LogitEdits | None = None
         self.buffer[:TOKENS] = 0
         self.buffer[:_HEADER] = *size, *self.padded[:3]
         (T, S, _, _), first = size, self.layout.num_samples + TOKENS
@@ -135,7 +138,7 @@ class StepBatch:
         return np.concatenate([samples, self.buffer])[self.arrays["token_sources"]]
 
     def to_bytes(self) -> bytes:
-        return self.buffer.tobytes()
+        return self.buffer.tobytes() + (self.edits.buffer.tobytes() if self.edits is not None else b"")
 
     @classmethod
     def from_bytes(cls, layout: StepLayout, data: bytes) -> StepBatch:
@@ -143,7 +146,10 @@ class StepBatch:
         buffer = np.frombuffer(data, np.int32)
         T, S, R, longest, *padded = map(int, buffer[:_HEADER])
         batch = cls(layout, StepSize(T, S, R, longest), StepSize(padded[0], padded[1], padded[2], longest))
-        batch.buffer[:] = buffer
+        length = batch.buffer.size
+        batch.buffer[:] = buffer[:length]
+        if buffer.size > length:
+            batch.edits = LogitEdits(buffer[length:].copy())
         return batch
 
 
@@ -192,6 +198,9 @@ def _pack_rows(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray) -
     tokens = ends[step.samples] - 1
     records = cache.rows.sampling[sampled]  # a copy
     records["step"] = (cache.rows.num_tokens - cache.rows.num_prompt)[sampled]
+    if cache.rows.ruled[sampled].any():
+        sequences = [step.sequences[i] for i in np.flatnonzero(step.samples).tolist()]
+        batch.edits = LogitEdits.pack(zip(range(len(sequences)), sequences, records["step"].tolist(), strict=True))
     if step.prompt_rows:
         shifts = dict(zip(step.sequences, (ends - step.num_new - step.num_computed).tolist(), strict=True))
         prompt = [(_prompt_records(seq, positions), np.arange(positions.start, positions.stop) + shifts[seq]) for seq, positions in step.prompt_rows]
@@ -213,7 +222,7 @@ def _prompt_records(seq: Sequence, positions: range) -> np.ndarray:
 class Sampled(NamedTuple):
     """What a step yields for each of R rows: tensors as the sampler leaves them, numpy arrays as an executor's result.
 
-    token_ids [R] int32 (of a prompt row its target; −1 where the logits are not finite); logprobs [R] float32, None if no row
+    token_ids [R] int32 (of a prompt row its target; negative where there is none: `logit_rules`); logprobs [R] float32, None if no row
     asked; top_ids and top_logprobs [R, N], best first, N the most that a row asked for, None if that is 0.
     """
 

@@ -12,13 +12,14 @@ class Detokenizer:
 
     A character is given out when all its bytes are there; what could be the beginning of a stop string, when it is clear that
     it is not. Invalid bytes become U+FFFD. The text ends before the stop string that is complete first (of several at the same
-    place the longest), whatever the tokens' boundaries.
+    place the longest), whatever the tokens' boundaries. In the text of the first `min_tokens` tokens none is looked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self.stopped: str | None = None  # the stop string that was found
         self._tokenizer = tokenizer
         self._stop = stop
+        self._unstoppable = min_tokens  # tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_whole = True  # no bytes wait for the rest of their character
         self._held = ""
@@ -29,6 +30,9 @@ class Detokenizer:
         if text is None:
             text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
             self._is_whole = not self._utf8.getstate()[0]
+        if self._unstoppable > 0:
+            self._unstoppable -= 1
+            return text
         return self._decide(text) if self._stop else text
 
     def finish(self) -> str:

@@ -16,7 +16,9 @@ from ingot.ops.errors import IngotError
 from .batch import Sampled, pack, size_of
 from .detokenizer import Detokenizer
 from .kv_cache import KVCache
+from .logit_rules import NONE_LEFT, LogitRules
 from .protocol import Executor, InFlight
+from .ranking import Ranking
 from .records import sampling_record
 from .request import Delta, FinishReason, Request, RequestError, Sequence, Status, TokenLogprob
 from .scheduler import Scheduler, Step
@@ -73,6 +75,7 @@ class Engine:
         self._eos = frozenset(model_info.eos_token_ids)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._siblings: dict[Sequence, list[Sequence]] = {}  # who waits for the prompt that this one computes
+        self._rankings: dict[str, Ranking] = {}  # of requests whose answers are chosen at their end
         self._ended: list[Delta] = []  # of requests that ended between steps
         self._numbers = count()
         self._prompt_tokens = self._generated_tokens = 0
@@ -91,6 +94,8 @@ class Engine:
         self._check(request)
         params, prompt = request.params, request.prompt_token_ids
         max_tokens = self.max_model_len - len(prompt) if params.max_tokens is None else params.max_tokens
+        words = [ids for word in params.bad_words for ids in self._tokenizer_for("bad_words").spellings(word)]
+        rules = LogitRules.of(params, self._eos, words, self.info.vocab_size)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         number = next(self._numbers)
         sequences = [
@@ -102,17 +107,20 @@ class Engine:
                 token_ids=list(prompt),
                 sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
                 stop_ids=(frozenset() if params.ignore_eos else self._eos).union(params.stop_token_ids),
-                detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop),
+                rules=rules,
+                detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop, params.min_tokens),
             )
-            for i in range(params.n)
+            for i in range(params.num_sequences)
         ]
         # With prefix caching the others wait until they can share the first one's pages.
-        together = 1 if not self.cache.prefix_caching_off else params.n
+        together = 1 if not self.cache.prefix_caching_off else len(sequences)
         for seq in sequences[:together]:
             self.scheduler.add(seq)
         if sequences[together:]:
             self._siblings[sequences[0]] = sequences[together:]
         self._requests[request.id] = sequences
+        if params.ranked:
+            self._rankings[request.id] = Ranking(params.n, params.num_sequences)
 
     def _check(self, request: Request) -> None:
         prompt, params, vocab_size = request.prompt_token_ids, request.params, self.info.vocab_size
@@ -135,8 +143,15 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab_size:
                 raise RequestError(f"{where}: {name} is {getattr(params, name)}; the vocabulary has {vocab_size} tokens")
-        if params.stop and self.tokenizer is None:
-            raise RequestError(f"{where}: stop strings need a tokenizer, and the artifact has none; use stop_token_ids")
+        if params.stop:
+            self._tokenizer_for("stop")
+        if params.beam_width is not None:
+            raise RequestError(f"{where}: beam_width: beams are not served", "beam_width")
+
+    def _tokenizer_for(self, field: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{field} strings need a tokenizer, and the artifact has none; use token ids", field)
+        return self.tokenizer
 
     def abort(self, request_id: str) -> None:
         """End a request and free its pages now; its last deltas come with the next step. An unknown or finished id is ignored."""
@@ -148,7 +163,17 @@ class Engine:
         while len(self._in_flight) < self._depth and self._launch():
             pass
         ended, self._ended = self._ended, []
-        return ended + self._collect() if self._in_flight else ended
+        deltas = ended + self._collect() if self._in_flight else ended
+        return [answer for delta in deltas for answer in self._answers(delta)] if self._rankings else deltas
+
+    def _answers(self, delta: Delta) -> list[Delta]:
+        ranking = self._rankings.get(delta.request_id)
+        if ranking is None:
+            return [delta]
+        answers = ranking.add(delta)
+        if answers:
+            del self._rankings[delta.request_id]
+        return answers
 
     def _launch(self) -> bool:
         """Schedule a step and send it off; False when there is none to send."""
@@ -198,11 +223,15 @@ class Engine:
         for row, seq in enumerate(sampling):
             if seq.status is not Status.FINISHED:
                 wanted = seq.request.params.logprobs
+                if seq.request.params.ranked:
+                    seq.score += logprobs[row]
                 deltas.append(self._append(seq, tokens[row], None if wanted is None else [logprob(row, wanted)]))
         return deltas
 
     def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
         """One more token of `seq`, and what follows from it."""
+        if token == NONE_LEFT:
+            return self._end(seq, "error", "no token is left to choose: bad_words and allowed_token_ids forbid every one")
         if token < 0:
             return self._end(seq, "error", "the model's logits are not finite: its weights or kernels are damaged")
         ids, text = seq.token_ids, ""
@@ -229,7 +258,8 @@ class Engine:
                 prompt_logprobs = seq.prompt_logprobs or None
         if reason is not None:
             text += self._free(seq)
-        return Delta(seq.request.id, seq.index, [token], text, logprobs, prompt_logprobs, reason, stop_reason, seq.usage())
+        score = seq.score if reason is not None and seq.request.params.ranked else None
+        return Delta(seq.request.id, seq.index, [token], text, logprobs, prompt_logprobs, reason, stop_reason, seq.usage(), score)
 
     def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> Delta:
         """End `seq` without another token."""

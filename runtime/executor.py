@@ -20,7 +20,7 @@ from .kv_cache import GroupInfo
 from .memory import MemoryPlan
 from .padding import padded
 from .protocol import ExecutorInfo
-from .sampler import SamplingRows, sample
+from .sampler import Sampler
 from .staging import Staging
 
 Progress = Callable[[str, float], None]
@@ -78,6 +78,7 @@ class Executor:
         self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
         self._staging = Staging(self.layout, largest, self.device)
+        self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device)
         self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
         self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
@@ -89,7 +90,7 @@ class Executor:
 
     def launch(self, batch: StepBatch) -> LaunchedStep:
         """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
-        sampled = sample(self._forward(batch), SamplingRows.from_batch(batch, self._staging.buffer))
+        sampled = self._sampler(self._forward(batch), batch, self._staging.input_ids, self._staging.buffer)
         self._staging.keep(sampled.token_ids)
         sampled = sampled.first(batch.size.num_rows)
         if not self.info.asynchronous:

@@ -25,6 +25,7 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    score: float | None = None  # with `best_of` and beam search: what answers are ranked by
 
 
 @dataclass
@@ -59,7 +60,7 @@ class RequestOutput:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.finish_reason is not None:
-            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            output.finish_reason, output.stop_reason, output.score = delta.finish_reason, delta.stop_reason, delta.score
             self.timing.total = seconds
 
 
@@ -86,12 +87,12 @@ class LLM:
         self._ids = count()
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-                 progress: Callable[[int, int], None] | None = None) -> list[RequestOutput]:  # fmt: skip
+                 priority: int | Sequence[int] = 0, progress: Callable[[int, int], None] | None = None) -> list[RequestOutput]:  # fmt: skip
         """Continue every prompt (text or token ids), in their order, batched. RequestError when one cannot be served; then none is.
 
-        `sampling_params`: one for all, or one each. `progress(finished, total)` is called whenever a request finishes.
+        `sampling_params` and `priority` (lower goes first): one for all, or one each. `progress(finished, total)` is called whenever a request finishes.
         """
-        queue = self._requests(prompts, sampling_params)
+        queue = self._requests(prompts, sampling_params, priority)
         outputs = {r.id: RequestOutput(r.id, r.prompt_token_ids, [Completion(i) for i in range(r.params.n)]) for r in queue}
         begin, finished = time.perf_counter(), 0
         unfinished = {r.id: r.params.n for r in queue}
@@ -116,13 +117,17 @@ class LLM:
                 self.engine.abort(request_id)
         return list(outputs.values())
 
-    def _requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+    def _requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None,
+                  priority: int | Sequence[int]) -> list[Request]:  # fmt: skip
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         each = [params or SamplingParams()] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
             raise RequestError(f"sampling_params: {len(each)} for {len(listed)} prompts; give one for all or one each")
-        return [Request(f"llm-{next(self._ids)}", self._encode(p), s) for p, s in zip(listed, each, strict=True)]
+        priorities = [priority] * len(listed) if isinstance(priority, int) else list(priority)
+        if len(priorities) != len(listed):
+            raise RequestError(f"priority: {len(priorities)} for {len(listed)} prompts; give one for all or one each")
+        return [Request(f"llm-{next(self._ids)}", self._encode(p), s, rank) for p, s, rank in zip(listed, each, priorities, strict=True)]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

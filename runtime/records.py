@@ -19,5 +19,6 @@ _RECORD = struct.Struct("<fiffQiii")
 def sampling_record(params: SamplingParams, seed: int) -> bytes:
     """One `SAMPLING` record, its step still 0; `seed` 0 … 2⁶⁴ − 1."""
     temperature = 0.0 if params.greedy else params.temperature
-    num_logprobs = -1 if params.logprobs is None else params.logprobs
+    least = 0 if params.ranked else -1
+    num_logprobs = least if params.logprobs is None else params.logprobs
     return _RECORD.pack(temperature, max(params.top_k, 0), params.top_p, params.min_p, seed, num_logprobs, -1, 0)

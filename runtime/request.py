@@ -17,6 +17,7 @@ from ingot.ops.errors import IngotError
 
 if TYPE_CHECKING:
     from .detokenizer import Detokenizer
+    from .logit_rules import LogitRules
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 GREEDY_TEMPERATURE = 1e-5
@@ -24,7 +25,11 @@ GREEDY_TEMPERATURE = 1e-5
 
 
 class RequestError(IngotError):
-    """A request that cannot be served as it stands; the message names the field and what it may be."""
+    """A request that cannot be served as it stands; the message names the field and what it may be. `field`: of `SamplingParams`, if it is one of them."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def _is_number(value: Any) -> bool:
@@ -47,17 +52,34 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stop_token_ids", lambda v: all(_is_count(t, 0) for t in v), "token ids ≥ 0"),
     ("logprobs", lambda v: v is None or _is_count(v, 0), "an integer ≥ 0, or None"),
     ("prompt_logprobs", lambda v: v is None or _is_count(v, 0), "an integer ≥ 0, or None"),
+    ("repetition_penalty", lambda v: _is_number(v) and 0 < v < float("inf"), "a number > 0"),
+    ("presence_penalty", lambda v: _is_number(v) and -2 <= v <= 2, "a number in [−2, 2]"),
+    ("frequency_penalty", lambda v: _is_number(v) and -2 <= v <= 2, "a number in [−2, 2]"),
+    ("logit_bias", lambda v: all(_is_count(t, 0) and _is_number(b) and -100 <= b <= 100 for t, b in v.items()), "token ids with numbers in [−100, 100]"),
+    ("min_tokens", lambda v: _is_count(v, 0), "an integer ≥ 0"),
+    ("bad_words", lambda v: all(isinstance(w, str) and w.strip() for w in v), "words that are not empty"),
+    ("allowed_token_ids", lambda v: v is None or (v and all(_is_count(t, 0) for t in v)), "token ids ≥ 0, at least one, or None for all"),
+    ("best_of", lambda v: v is None or _is_count(v, 1), "an integer ≥ 1, or None for n"),
+    ("beam_width", lambda v: v is None or _is_count(v, 1), "an integer ≥ 1, or None for no beam search"),
+    ("length_penalty", lambda v: _is_number(v) and abs(v) < float("inf"), "a number"),
+    ("early_stopping", lambda v: isinstance(v, bool) or v == "never", 'True, False or "never"'),
 )
+_NOT_IN_BEAMS = (
+    "best_of top_k top_p min_p seed stop min_tokens repetition_penalty presence_penalty frequency_penalty logit_bias bad_words allowed_token_ids "
+    "prompt_logprobs"
+).split()
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How to continue a prompt. RequestError when a field is out of its range.
 
-    Filters apply in the order top-k, top-p (on what top-k left, renormalized), min-p. Log-probabilities are natural,
-    of the model's own distribution, before temperature.
+    The model's logits are first biased, penalized and restricted (`logits.py`), then divided by the temperature. Filters apply in
+    the order top-k, top-p (on what top-k left, renormalized), min-p. Log-probabilities are natural, of the model's own
+    distribution, before all of these.
     """
 
     n: int = 1  # independent continuations
+    best_of: int | None = None  # continuations generated, of which the n with the largest sums of log-probabilities are answered
     max_tokens: int | None = 16  # None: as many as the model's length and the KV cache hold
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0 or −1: off
@@ -67,22 +89,59 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # until then no end-of-sequence or stop token can come, and no stop string is looked for
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in the prompt or the output, and multiplies negative ones
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the output,
+    frequency_penalty: float = 0.0  # and this once for every occurrence
+    logit_bias: dict[int, float] = {}  # added to the logits of these tokens
+    bad_words: tuple[str, ...] = ()  # never completed, at the beginning of the text or after a space; prompt and output are looked at
+    allowed_token_ids: tuple[int, ...] | None = None  # all others are forbidden
+    beam_width: int | None = None  # search the n most probable continuations with so many beams; nothing is drawn, and no filter or rule applies
+    length_penalty: float = 1.0  # of beam search: answers compete with their log-probability divided by length ** length_penalty
+    early_stopping: bool | Literal["never"] = False  # of beam search: `beam_search.BeamSearch`
     logprobs: int | None = None  # 0: of the chosen token; n: also of the n most probable ones
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            if getattr(self, name) is not None:
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
         for name, holds, wanted in _RULES:
             value = getattr(self, name)
             if not holds(value):
-                raise RequestError(f"{name} is {value!r}; it must be {wanted}")
+                raise RequestError(f"{name} is {value!r}; it must be {wanted}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}", "min_tokens")
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of is {self.best_of}; it must be at least n, {self.n}", "best_of")
+        if self.beam_width is not None:
+            self._check_beams(self.beam_width)
+
+    def _check_beams(self, width: int) -> None:
+        if width < self.n:
+            raise RequestError(f"beam_width is {width}; it must be at least n, {self.n}", "beam_width")
+        defaults = dict(zip(self.__struct_fields__[-len(self.__struct_defaults__) :], self.__struct_defaults__, strict=True))
+        for name in _NOT_IN_BEAMS:
+            if getattr(self, name) != defaults[name]:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; beam search has no use for it: leave it out", name)
+        if self.temperature not in (0, 1):
+            raise RequestError(f"temperature is {self.temperature}; beam search compares the model's own probabilities: leave it out", "temperature")
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def num_sequences(self) -> int:
+        """Continuations that are generated for `n` answers."""
+        return self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """Whether continuations are compared, by their log-probabilities."""
+        return self.num_sequences > self.n
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -129,6 +188,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id; of an error, what happened
     usage: Usage | None = None
+    score: float | None = None  # at the end, of `best_of` and beam search: what answers are ranked by
 
 
 class Status(enum.Enum):
@@ -148,11 +208,14 @@ class Sequence:
     token_ids: list[int]  # prompt and output
     sampling: bytes  # `records.sampling_record`
     stop_ids: frozenset[int] = frozenset()  # the end-of-sequence ids among them, unless they are ignored
+    rules: LogitRules | None = None  # None: the model's logits are sampled as they are
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
     num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet
     row: int = -1  # while it is running
     last_step: int = -1  # that was launched with it before it was preempted
+    score: float = 0.0  # sum of the log-probabilities of its output, if it is to be ranked
+    counted: bool = False  # since it has its row: the device counts its tokens, for penalties
     page_hashes: dict[int, list[bytes]] = field(default_factory=dict)  # by page size
     num_prompt: int = field(init=False)
     prompt_logprobs: list[TokenLogprob | None] = field(init=False)  # so far; continuation 0 computes them for all

@@ -14,6 +14,8 @@ import torch
 from ingot.ops.sampling import gumbel
 
 from .batch import Sampled, StepBatch
+from .logit_rules import NONE_LEFT, NOT_FINITE
+from .logits import DeviceEdits, LogitsProcessor
 
 _CHUNK = 1 << 22  # logits worked on at once, which bounds the temporaries
 WORKSPACE_BYTES = 8 * 8 * _CHUNK
@@ -74,20 +76,47 @@ class SamplingRows:
         return replace(self, **{k: v[begin:end] for k, v in vars(self).items() if isinstance(v, torch.Tensor)})  # type: ignore[arg-type]
 
 
-def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
-    """One token for each row of `logits` [R, V] (float16, bfloat16 or float32), and the log-probabilities asked for."""
-    if not rows.random and rows.num_logprobs < 0:
+class Sampler:
+    """Samples the logits of steps, one after the other, as their batches say."""
+
+    def __init__(self, num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._processor = LogitsProcessor(num_seqs, vocab_size, device)
+
+    def __call__(self, logits: torch.Tensor, batch: StepBatch, input_ids: torch.Tensor, buffer: torch.Tensor | None = None) -> Sampled:
+        """`logits` [R, V], R as padded; `input_ids` [T] of the step, and `buffer` of the batch, on the logits' device."""
+        if buffer is None:
+            buffer = torch.from_numpy(batch.buffer)
+        rows = SamplingRows.from_batch(batch, buffer)
+        if batch.edits is None:
+            return sample(logits, rows)
+        field = batch.fields["logits_rows"]
+        newest = input_ids[buffer[field.offset : field.offset + batch.padded.num_rows]]
+        edits = DeviceEdits(batch.edits, logits.device)
+        sampled = sample(logits, rows, self._processor.process(logits, edits, newest))
+        self._processor.count(edits, sampled.token_ids)
+        return sampled
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows, processed: torch.Tensor | None = None) -> Sampled:
+    """One token for each row of `logits` [R, V] (float16, bfloat16 or float32), and the log-probabilities asked for.
+
+    With `processed` [R, V] (`logits.LogitsProcessor`) tokens are drawn from it; log-probabilities are of `logits` nevertheless.
+    """
+    if not rows.random and rows.num_logprobs < 0 and processed is None:
         best, tokens = logits.max(-1)
         return Sampled(torch.where(best.isfinite(), tokens, -1).int())
     size = max(1, _CHUNK // logits.shape[1])
     if logits.shape[0] <= size:
-        return _sample(logits, rows)
-    parts = [_sample(logits[b : b + size], rows.chunk(b, b + size)) for b in range(0, logits.shape[0], size)]
+        return _sample(logits, rows, processed)
+    parts = [
+        _sample(logits[b : b + size], rows.chunk(b, b + size), None if processed is None else processed[b : b + size]) for b in range(0, logits.shape[0], size)
+    ]
     return Sampled(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
-    logits = logits.float()
+def _sample(model_logits: torch.Tensor, rows: SamplingRows, processed: torch.Tensor | None) -> Sampled:
+    model_logits = model_logits.float()
+    logits = model_logits if processed is None else processed
     best, tokens = logits.max(-1)
     if rows.random:
         random = rows.temperature > 0
@@ -100,14 +129,17 @@ def _sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     if rows.targets:
         tokens = torch.where(rows.target >= 0, rows.target.long(), tokens)
     finite = best.isfinite()
+    none: int | torch.Tensor = NOT_FINITE
+    if processed is not None:
+        none = torch.where(model_logits.amax(-1).isfinite(), NONE_LEFT, NOT_FINITE)
     if rows.num_logprobs < 0:
-        return Sampled(torch.where(finite, tokens, -1).int())
-    total = logits.logsumexp(-1, keepdim=True)
-    logprobs = (logits.gather(1, tokens[:, None]) - total)[:, 0]
-    tokens = torch.where(finite, tokens, -1).int()
+        return Sampled(torch.where(finite, tokens, none).int())
+    total = model_logits.logsumexp(-1, keepdim=True)
+    logprobs = (model_logits.gather(1, tokens[:, None]) - total)[:, 0]
+    tokens = torch.where(finite, tokens, none).int()
     if rows.num_logprobs == 0:
         return Sampled(tokens, logprobs)
-    top = logits.topk(min(rows.num_logprobs, logits.shape[1]))
+    top = model_logits.topk(min(rows.num_logprobs, model_logits.shape[1]))
     return Sampled(tokens, logprobs, top.indices.int(), top.values - total)
 
 

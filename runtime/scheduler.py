@@ -2,7 +2,7 @@
 
 Each step has a budget of tokens. Sequences that decode take theirs first, then running prefills their next chunk, then
 waiting sequences are admitted in order. When pages run out, the sequence that comes last in order gives up its own and
-is computed again later.
+is computed again later. One that waits takes pages and rows from running ones of a lower priority.
 
 A step is scheduled as if those in flight were done: `launched` says that it is on its way, `collected` that it was.
 """
@@ -150,11 +150,18 @@ class Scheduler:
         return Step(self.num_launched, sequences, rows, num_computed, num_new, pending, samples, prompt_rows)
 
     def _admit(self, budget: _Budget) -> None:
-        while self._waiting and len(self.running) < self.max_num_seqs and budget.tokens > 0 and budget.rows > 0:
+        victims = set()
+        while self._waiting and budget.tokens > 0 and budget.rows > 0:
             seq = self._waiting[0][1]
             # One that was preempted while a step in flight has it may not know its newest token yet.
+            if seq.last_step >= self.num_collected or seq in victims:
+                break
             # A page for each running sequence stays spare, or the newcomer would soon be preempted.
-            if seq.last_step >= self.num_collected or not self.cache.admit(seq, spare=len(self.running)):
+            while not (admitted := len(self.running) < self.max_num_seqs and self.cache.admit(seq, spare=len(self.running))):
+                if not self.running or self.running[-1].request.priority <= seq.request.priority:
+                    break
+                victims.add(self._preempt(budget))
+            if not admitted:
                 break
             heapq.heappop(self._waiting)
             seq.status = Status.RUNNING
@@ -166,16 +173,20 @@ class Scheduler:
     def _make_room(self, seq: Sequence, num_new: int, budget: _Budget) -> bool:
         """Pages for `num_new` more tokens, from those that come last if need be; False when `seq` itself is the last."""
         while not self.cache.grow(seq, int(self.rows.num_computed[seq.row]) + num_new):
-            victim = self.running.pop()
-            budget.discard(victim)
-            victim.last_step = int(self.rows.launched_in[victim.row])
-            self.cache.release(victim)
-            victim.status = Status.WAITING
-            heapq.heappush(self._waiting, (victim.order, victim))
-            self.num_preemptions += 1
-            if victim is seq:
+            if self._preempt(budget) is seq:
                 return False
         return True
+
+    def _preempt(self, budget: _Budget) -> Sequence:
+        """Take row and pages from the running sequence that comes last."""
+        victim = self.running.pop()
+        budget.discard(victim)
+        victim.last_step = int(self.rows.launched_in[victim.row])
+        self.cache.release(victim)
+        victim.status = Status.WAITING
+        heapq.heappush(self._waiting, (victim.order, victim))
+        self.num_preemptions += 1
+        return victim
 
     def launched(self, step: Step) -> None:
         """The step is on its way: the next one is scheduled as if it were done. Its samples are pending from now on."""

@@ -30,7 +30,7 @@ class Staging:
         self._batches: OrderedDict[tuple[int, StepSize], StepBatch] = OrderedDict()
         self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
         self.buffer = self._memory[layout.num_samples :]
-        self._input_ids = torch.zeros(largest.num_tokens, dtype=torch.int32, device=device)
+        self.input_ids = torch.zeros(largest.num_tokens, dtype=torch.int32, device=device)
         self._page_tables = {f"page_table_{g}": torch.zeros(largest.num_seqs, p, dtype=torch.int32, device=device) for g, _, p in layout.page_groups}
 
     def batch(self, size: StepSize, padded: StepSize) -> StepBatch:
@@ -53,7 +53,7 @@ class Staging:
         self.buffer[: batch.buffer.size].copy_(self._host[self._slot][: batch.buffer.size], non_blocking=True)
         if self._copied:
             self._copied[self._slot].record()
-        torch.index_select(self._memory, 0, self._view(batch, "token_sources"), out=self._input_ids[: batch.padded.num_tokens])
+        torch.index_select(self._memory, 0, self._view(batch, "token_sources"), out=self.input_ids[: batch.padded.num_tokens])
         for name, table in self._page_tables.items():
             num_seqs, columns = batch.fields[name].shape
             table[:num_seqs, :columns].copy_(self._view(batch, name).view(num_seqs, columns))
@@ -66,9 +66,9 @@ class Staging:
         """Where a plan reads a step padded to `size`; T, S and R decide."""
         fields = self._layout.fields(size)
         views = {name: self.buffer[f.offset : f.offset + math.prod(f.shape)] for name, f in fields.items()}
-        return views | self._page_tables | {"input_ids": self._input_ids}
+        return views | self._page_tables | {"input_ids": self.input_ids}
 
     def keep(self, token_ids: torch.Tensor) -> None:
-        """Keep a step's samples [R] for the next one; where logits were not finite 0, a token like any other, stands for −1."""
+        """Keep a step's samples [R] for the next one; where logits were not finite 0, a token like any other, stands for it."""
         samples = token_ids[: self._layout.num_samples]
         torch.clamp(samples, min=0, out=self._memory[: samples.numel()])

@@ -78,6 +78,11 @@ class Tokenizer:
             encoding = self._backend.post_process(encoding, add_special_tokens=add_special_tokens)
         return encoding.ids
 
+    def spellings(self, word: str) -> list[list[int]]:
+        """Token ids of `word` where a text begins with it and, where these differ in their first token but not in number, after a space (vLLM's bad_words)."""
+        first, after_space = (self.encode(space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
+        return [first, after_space] if after_space[:1] != first[:1] and len(after_space) == len(first) else [first]
+
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. For text that grows there is `Detokenizer`."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -19,10 +19,11 @@ from .metrics import Metrics, Timer
 class Generation:
     """The answers to some prompts, read as one stream. Leaving the `async with` block aborts those that have not ended."""
 
-    def __init__(self, client: EngineClient, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+    def __init__(self, client: EngineClient, prompts: Sequence[list[int]], params: SamplingParams, priority: int) -> None:
         self._client = client
         self._prompts = prompts
         self._params = params
+        self._priority = priority
         self._open: dict[str, int] = {}  # the prompt's number by request id
         self._num_open = len(prompts) * params.n
         self._arrived: list[tuple[int, Delta]] = []
@@ -30,7 +31,7 @@ class Generation:
         self._wake = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._open = {self._client.begin(self, prompt, self._params): i for i, prompt in enumerate(self._prompts)}
+        self._open = {self._client.begin(self, prompt, self._params, self._priority): i for i, prompt in enumerate(self._prompts)}
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -96,21 +97,21 @@ class EngineClient(asyncio.Protocol):
     def num_running(self) -> int:
         return len(self._running)
 
-    def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
+    def generate(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int = 0) -> Generation:
         """Ask for answers; the requests begin when the Generation is entered."""
-        return Generation(self, prompts, params)
+        return Generation(self, prompts, params, priority)
 
     def close(self) -> None:
         """Let go of the engine, which ends its process."""
         self._transport.close()
 
-    def begin(self, generation: Generation, prompt: list[int], params: SamplingParams) -> str:
+    def begin(self, generation: Generation, prompt: list[int], params: SamplingParams, priority: int) -> str:
         """Send one request; its id. EngineLost when there is nobody to send it to."""
         if self.lost.done():
             raise self.lost.result()
         request_id = str(next(self._numbers))
         self._running[request_id] = _Running(generation, self._metrics.begin(len(prompt), params.n), params.n)
-        self._send(Add(Request(request_id, prompt, params)))
+        self._send(Add(Request(request_id, prompt, params, priority)))
         return request_id
 
     def abort(self, request_ids: list[str]) -> None:
@@ -136,8 +137,8 @@ class EngineClient(asyncio.Protocol):
                     self._metrics.stats = stats
                     for delta in deltas:
                         self._deliver(delta)
-                case Rejected(request_id=request_id, message=message):
-                    self._end(request_id, RequestError(message))
+                case Rejected(request_id=request_id, message=message, field=field):
+                    self._end(request_id, RequestError(message, field))
                 case Loading() as loading:
                     self.loading = loading
                 case Ready() as ready:

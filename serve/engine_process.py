@@ -58,7 +58,7 @@ def serve(engine: Engine, connection: Connection) -> None:
                     try:
                         engine.add(request)
                     except RequestError as error:
-                        connection.send(Rejected(request.id, str(error)))
+                        connection.send(Rejected(request.id, str(error), error.field))
                 case Abort(request_ids=request_ids):
                     for request_id in request_ids:
                         engine.abort(request_id)

@@ -49,6 +49,7 @@ class Rejected(msgspec.Struct, tag=True):
 
     request_id: str
     message: str
+    field: str | None = None  # of `SamplingParams`
 
 
 class Step(msgspec.Struct, tag=True):

@@ -101,10 +101,10 @@ class Service:
             raise _too_long(f"{longest} prompt tokens and {max_tokens} to generate make {longest + max_tokens}", engine.max_model_len)
         return min(max_tokens, engine.max_model_len - longest)
 
-    def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
+    def generate(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int = 0) -> Generation:
         """Ask the engine. ApiError 503 when it stopped taking requests since."""
         self.engine()
-        return self.client.generate(prompts, params)
+        return self.client.generate(prompts, params, priority)
 
 
 def _too_long(what: str, max_model_len: int) -> ApiError:

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -101,3 +102,28 @@ def test_prompt_logprobs(artifact: Path, model, prompts: list[list[int]]) -> Non
         assert output.prompt_logprobs[0] is None
         for i, token in enumerate(prompt[1:], 1):
             assert abs(output.prompt_logprobs[i].logprob - float(logits[i - 1, token])) < 1e-3
+
+
+def test_rules_for_logits_are_those_of_transformers(artifact: Path, model, prompts: list[list[int]]) -> None:
+    """Greedy, one batch of everything, against `generate` with one prompt at a time."""
+    llm = LLM(artifact, max_num_batched_tokens=64)
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    words = ["import", "self.", "return"]
+    stop = [tokenizer.encode("\n")[0], tokenizer.encode(" ")[0]]
+    asked = [
+        (SamplingParams(repetition_penalty=1.3), {"repetition_penalty": 1.3}),
+        (SamplingParams(bad_words=words), {"bad_words_ids": [ids for w in words for ids in tokenizer.spellings(w)]}),
+        (SamplingParams(logit_bias={stop[0]: -8.0, stop[1]: 3.0}), {"sequence_bias": {(stop[0],): -8.0, (stop[1],): 3.0}}),
+        (SamplingParams(min_tokens=9, stop_token_ids=stop), {"min_new_tokens": 9, "eos_token_id": stop}),
+        (SamplingParams(repetition_penalty=1.1, min_tokens=5, stop_token_ids=stop[:1], logit_bias={stop[0]: 2.0}),
+         {"repetition_penalty": 1.1, "min_new_tokens": 5, "eos_token_id": stop[:1], "sequence_bias": {(stop[0],): 2.0}}),
+    ]  # fmt: skip
+    chosen = [p for p in prompts if 3 < len(p) < 100][: len(asked)]
+    params = [msgspec.structs.replace(asked[i % len(asked)][0], temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True) for i in range(len(chosen))]
+    outputs = llm.generate(chosen, params)
+    for i, (prompt, output) in enumerate(zip(chosen, outputs, strict=True)):
+        options = {"eos_token_id": None} | asked[i % len(asked)][1]
+        with torch.no_grad():
+            wanted = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=NEW_TOKENS, **options)
+        assert output.outputs[0].token_ids == wanted[0, len(prompt) :].tolist(), options

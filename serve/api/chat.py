@@ -81,7 +81,7 @@ class _Job:
 
     async def _pieces(self) -> AsyncGenerator[ChatDelta, None]:
         begun: set[int] = set()
-        async with self._service.generate(self._prompts, self._params) as generation:
+        async with self._service.generate(self._prompts, self._params, self._body.priority) as generation:
             async for arrived in generation.arrivals():
                 for index, delta in arrived:
                     self._tally.add(index, delta)

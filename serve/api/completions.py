@@ -55,8 +55,6 @@ class _Job:
 
     def _sampling(self) -> SamplingParams:
         body = self._body
-        if body.best_of not in (None, body.n or 1):
-            raise ApiError(400, "best_of is not supported, unless it equals n", param="best_of", code="unsupported_parameter")
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens", code="invalid_value")
         if body.echo and body.logprobs is not None and (body.n or 1) > 1:
@@ -86,7 +84,7 @@ class _Job:
             yield Completion(**self._head, choices=[], usage=self._tally.usage())
 
     async def _pieces(self) -> AsyncGenerator[Choice, None]:
-        async with self._service.generate(self._prompts, self._params) as generation:
+        async with self._service.generate(self._prompts, self._params, self._body.priority) as generation:
             async for arrived in generation.arrivals():
                 for index, delta in arrived:
                     self._tally.add(index, delta)

@@ -21,6 +21,8 @@ from ..protocol.errors import ApiError, from_validation
 from ..protocol.sampling import SamplingRequest
 
 MAX_BODY_BYTES = 64 << 20
+_PARAMS = {"beam_width": "use_beam_search"}
+"""Fields of a request that have another name than in `SamplingParams`."""
 Body = TypeVar("Body", bound=SamplingRequest)
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestError():
-            return ApiError(400, str(error))
+            return ApiError(400, str(error), param=_PARAMS.get(error.field or "", error.field), code="invalid_value" if error.field else None)
         case EngineLost():
             return ApiError(503, str(error), code="lost")
         case ClientDisconnect():

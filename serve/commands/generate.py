@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ingot.runtime.request import Delta, SamplingParams, TokenLogprob
 
 
+def _option(help: str) -> Any:
+    return typer.Option(help=help, show_default=False)
+
+
 @takes_compile_flags
 def generate_command(
     flags: CompileFlags,
@@ -26,28 +30,50 @@ def generate_command(
     prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, such as 1,2,3; needs no tokenizer.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    top_k: Annotated[int | None, _option("Draw from the K most probable tokens.")] = None,
+    top_p: Annotated[float | None, _option("Draw from the most probable tokens whose probabilities make P.")] = None,
+    min_p: Annotated[float | None, _option("Draw from tokens with P times the probability of the most probable one.")] = None,
+    seed: Annotated[int | None, _option("Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, _option("End before this text; may be given again.")] = None,
+    min_tokens: Annotated[int | None, _option("Fewest tokens to generate.")] = None,
+    repetition_penalty: Annotated[float | None, _option("Above 1: discourage tokens of the prompt and the output.")] = None,
+    presence_penalty: Annotated[float | None, _option("Above 0: discourage tokens of the output.")] = None,
+    frequency_penalty: Annotated[float | None, _option("Above 0: discourage them by how often they came.")] = None,
+    logit_bias: Annotated[list[str] | None, _option("ID:NUMBER is added to the logit of a token; may be given again.")] = None,
+    bad_word: Annotated[list[str] | None, _option("Never generate this word; may be given again.")] = None,
+    allowed_token_ids: Annotated[str | None, _option("Token ids such as 1,2,3: generate no others.")] = None,
+    best_of: Annotated[int | None, _option("Generate so many continuations, print the most probable one.")] = None,
+    beam_width: Annotated[int | None, _option("Search the most probable continuation with so many beams.")] = None,
+    length_penalty: Annotated[float | None, _option("Of beam search: above 0 favours long continuations.")] = None,
+    early_stopping: Annotated[bool, typer.Option("--early-stopping", help="Of beam search: end with as many continuations as beams.")] = False,
     logprobs: Annotated[int | None, typer.Option(min=0, help="Log-probabilities, and those of the N most probable tokens.", show_default=False)] = None,
     prompt_logprobs: Annotated[int | None, typer.Option(min=0, help="The same for the prompt's tokens.", show_default=False)] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Continue a prompt."""
-    given = _parse_ids(prompt_ids) if prompt_ids is not None else prompt
+    given = _parse_ids(prompt_ids, "--prompt-ids") if prompt_ids is not None else prompt
     if given is None or (prompt is not None and prompt_ids is not None):
         raise typer.BadParameter("give one of the two", param_hint="--prompt / --prompt-ids")
+    from ingot.runtime.request import SamplingParams
+
+    asked: dict[str, Any] = {
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "stop": stop, "min_tokens": min_tokens, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "logit_bias": dict(map(_parse_bias, logit_bias or [])),
+        "bad_words": bad_word, "best_of": best_of, "beam_width": beam_width, "length_penalty": length_penalty, "early_stopping": early_stopping,
+        "allowed_token_ids": _parse_ids(allowed_token_ids, "--allowed-token-ids") if allowed_token_ids is not None else None,
+        "logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "ignore_eos": ignore_eos,
+    }  # fmt: skip
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, **{k: v for k, v in asked.items() if v is not None})
+
     from ..resolve import resolve
 
     artifact = resolve(model_or_artifact, flags)
     from ingot.runtime.engine import EngineOptions
     from ingot.runtime.load import load_engine
-    from ingot.runtime.request import SamplingParams
 
     from ..progress import StageBar
 
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos, logprobs=logprobs, prompt_logprobs=prompt_logprobs
-    )
     with StageBar("loading") as bar:
         engine = load_engine(artifact, EngineOptions(), bar.update)
     ready = age()
@@ -113,8 +139,16 @@ def _tops(logprobs: Sequence[TokenLogprob | None] | None) -> list[Any] | None:
     return None if logprobs is None else [None if p is None else p.top for p in logprobs]
 
 
-def _parse_ids(text: str) -> list[int]:
+def _parse_ids(text: str, flag: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2,3", param_hint="--prompt-ids") from None
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,2,3", param_hint=flag) from None
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a token id and a number such as 42:-1.5", param_hint="--logit-bias") from None

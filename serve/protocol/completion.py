@@ -19,7 +19,6 @@ class CompletionRequest(SamplingRequest):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # the most probable tokens to list beside the chosen one
     echo: bool | None = None
-    best_of: int | None = None
     return_token_ids: bool = False  # beyond OpenAI: choices carry token_ids
 
 

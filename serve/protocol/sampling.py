@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
@@ -28,6 +28,13 @@ def one_of(kinds: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+TokenKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]
+_SAME_NAME = (
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "bad_words",
+    "allowed_token_ids",
+)  # fmt: skip
+
+
 class StreamOptions(BaseModel):
     """OpenAI's `stream_options`."""
 
@@ -46,14 +53,6 @@ class SamplingRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "presence_penalty": (None, 0),
-        "frequency_penalty": (None, 0),
-        "repetition_penalty": (None, 1),
-        "logit_bias": (None, {}),
-        "min_tokens": (None, 0),
-        "bad_words": (None, []),
-        "allowed_token_ids": (None, []),
-        "use_beam_search": (None, False),
         "response_format": (None, {"type": "text"}),
         "structured_outputs": (None,),
         "guided_json": (None,),
@@ -73,6 +72,19 @@ class SamplingRequest(BaseModel):
     stop: Annotated[str | Annotated[list[str], Field(max_length=16)] | None, one_of("a string or a list of at most 16")] = None
     stop_token_ids: list[Token] | None = None
     ignore_eos: bool = False
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[TokenKey, float] | None, one_of("an object of numbers by token id")] = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    # vLLM's, beyond OpenAI's
+    repetition_penalty: float | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[Token] | None = None
+    priority: Int = 0  # lower goes first
+    use_beam_search: bool = False  # with best_of or else n beams
+    length_penalty: float | None = None
+    early_stopping: Annotated[bool | Literal["never"] | None, one_of('true, false or "never"')] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -84,16 +96,23 @@ class SamplingRequest(BaseModel):
             value = (self.model_extra or {}).get(name)
             if value not in nothing:
                 raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
+        if self.stream and (self.use_beam_search or self.best_of not in (None, self.n or 1)):
+            name = "use_beam_search" if self.use_beam_search else "best_of"
+            raise ApiError(400, f"stream: with {name} the answers are known at the end only", param="stream", code="invalid_value")
 
     def params(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """As the engine takes it; what was not given has the engine's defaults. RequestError names a number out of its range."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "seed", "n") if getattr(self, name) is not None}
+        names = _SAME_NAME + (("length_penalty", "early_stopping") if self.use_beam_search else ("best_of",))
+        given = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, [])}
+        if self.use_beam_search:
+            given["beam_width"] = self.best_of or self.n or 1
         return SamplingParams(
             **given,
             max_tokens=max_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )

@@ -14,7 +14,7 @@ from ingot.runtime.engine import Engine
 from ingot.runtime.kv_cache import GroupInfo
 from ingot.runtime.protocol import ExecutorInfo
 from ingot.runtime.request import Delta, Request, SamplingParams
-from ingot.runtime.sampler import SamplingRows, sample
+from ingot.runtime.sampler import Sampler
 
 VOCAB, PRIME = 97, 1_000_003
 
@@ -45,6 +45,7 @@ class RecallExecutor:
         self.weights = {name: rng.integers(1, PRIME, info.max_model_len) for name in info.groups}
         self.memory = {name: np.full(g.num_units * max(g.page_size, 1), -1, np.int64) for name, g in info.groups.items()}
         self.samples = np.zeros(self.layout.num_samples, np.int32)
+        self.sampler = Sampler(info.max_num_seqs, VOCAB, torch.device("cpu"))
         self.num_steps = 0
         self.largest = (0, 0, 0)
         self.fail: Callable[[StepBatch], None] = lambda batch: None  # when it is launched
@@ -128,7 +129,7 @@ class RecallExecutor:
                         keys.append(int(self.memory[name][slot]))
                 if t in rows:
                     logits[rows[t]] = self._logits(keys)
-        sampled = sample(torch.from_numpy(logits), SamplingRows.from_batch(batch)).first(R).to_host()
+        sampled = self.sampler(torch.from_numpy(logits), batch, torch.from_numpy(batch.input_ids(self.samples))).first(R).to_host()
         kept = sampled.token_ids[: len(self.samples)]
         self.samples[: len(kept)] = np.maximum(kept, 0)
         return sampled

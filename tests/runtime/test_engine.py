@@ -59,6 +59,43 @@ def test_continuations_share_the_prompt(recall):
     assert {len(deltas["r", i]) for i in range(4)} == {5}
 
 
+@pytest.mark.parametrize("options", [{}, {"tokens": 104, "chunk": 16}])
+def test_the_best_of_several_are_answered(recall, options):
+    prompts = recall.prompts(5)
+    draws = {i: SamplingParams(temperature=1.2, seed=i, max_tokens=7, best_of=6, n=2, logprobs=1 if i == 3 else None, prompt_logprobs=0 if i == 4 else None)
+             for i in range(5)}  # fmt: skip
+    all_of_them = {i: SamplingParams(temperature=1.2, seed=i, max_tokens=7, n=6, logprobs=0) for i in range(5)}
+    each = recall.run(recall.engine(), recall.requests(prompts, all_of_them))
+    engine = recall.engine(**options)
+    found = recall.run(engine, recall.requests(prompts, draws))
+    assert set(found) == {(f"r{i}", j) for i in range(5) for j in range(2)}
+    for i, prompt in enumerate(prompts):
+        scores = {j: sum(d.logprobs[0].logprob for d in each[f"r{i}", j]) for j in range(6)}
+        best = sorted(range(6), key=lambda j: -scores[j])[:2]
+        for j, source in enumerate(best):
+            [answer] = found[f"r{i}", j]
+            assert answer.token_ids == [t for d in each[f"r{i}", source] for t in d.token_ids]
+            assert answer.score == pytest.approx(scores[source], abs=1e-5)
+            assert (answer.finish_reason, answer.usage.output_tokens) == ("length", 7)
+            assert (answer.logprobs is None) == (i != 3)
+            assert (answer.prompt_logprobs is None) == (i != 4 or j != 0)
+        if i == 3:
+            assert [p.token_id for p in found["r3", 0][0].logprobs] == found["r3", 0][0].token_ids
+        if i == 4:
+            assert len(found["r4", 0][0].prompt_logprobs) == len(prompt)
+    assert not engine.has_work
+    assert all(used == 0 for used, _ in engine.stats().pages.values())
+
+
+def test_an_abort_of_several_is_answered_at_once(recall):
+    engine = recall.engine()
+    engine.add(Request("r", [1, 2, 3], SamplingParams(temperature=1.0, best_of=4, n=2, max_tokens=50)))
+    assert engine.step() == []
+    engine.abort("r")
+    deltas = engine.step()
+    assert [(d.index, d.finish_reason) for d in deltas] == [(0, "abort"), (1, "abort")]
+
+
 def test_a_prefix_is_reused_across_requests_unless_its_keys_differ(recall):
     engine = recall.engine()
     prompt = [5, 6, 7] * 9

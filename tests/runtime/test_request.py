@@ -30,7 +30,7 @@ def test_stop_takes_a_string_or_several():
 
 def test_requests_and_deltas_cross_processes():
     request = Request("r", [1, 2], SamplingParams(stop=["x"], seed=5, top_p=0.5), 3, 1.5, ("adapter",))
-    delta = Delta("r", 1, [7], "é", [TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0)))], [None, TokenLogprob(2, -2.0)], "stop", 7, Usage(2, 0, 1))
+    delta = Delta("r", 1, [7], "é", [TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0)))], [None, TokenLogprob(2, -2.0)], "stop", 7, Usage(2, 0, 1), -0.5)
     for message in (request, delta):
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)) == message
 

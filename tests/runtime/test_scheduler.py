@@ -120,7 +120,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({s for s, _ in scheduled}) == len(scheduled)
         kept = [s for s, _ in scheduled if s in running]
         if preempted:
-            assert {s for s, _ in scheduled} <= running  # nobody new while others give way
+            new = {s.request.priority for s, _ in scheduled if s not in running}
+            assert not new or min(new) < min(s.request.priority for s in preempted)  # others give way to higher priority alone
             assert max(s.order for s in scheduler.running) < min(s.order for s in preempted)
         # Decoding goes before prefilling, and that before admission.
         decodes = [end[s] == 1 for s in kept]
@@ -354,3 +355,29 @@ def test_a_row_that_was_given_to_another_is_left_alone_when_its_old_step_is_coll
     collect(s, new)
     assert b.token_ids == [2] * 9 + [1]
     s.check_integrity()
+
+
+def test_priority_takes_pages_from_running_sequences():
+    s = scheduler(pages=10, caching=False)
+    low, lower = make(s, 0, [1] * 12, priority=1), make(s, 1, [2] * 12, priority=2)
+    compute(s)
+    equal = make(s, 2, [3] * 16, priority=2)
+    compute(s)
+    assert [q.request.id for q in s.running] == ["r0", "r1"]
+    high = make(s, 3, [4] * 16, priority=0)
+    assert sizes(compute(s)) == [("r0", 1), ("r3", 16)]
+    assert [q.request.id for q in s.running] == ["r3", "r0"]
+    assert (low.status, lower.status, equal.status) == (Status.RUNNING, Status.WAITING, Status.WAITING)
+    highest = make(s, 4, [5] * 33, priority=-1)
+    assert sizes(compute(s)) == [("r4", 32)]
+    assert (high.status, low.status, highest.status) == (Status.WAITING, Status.WAITING, Status.RUNNING)
+    s.check_integrity()
+
+
+def test_priority_takes_rows_too():
+    s = scheduler(seqs=2)
+    make(s, 0, [1] * 4, priority=1), make(s, 1, [2] * 4, priority=1)
+    compute(s)
+    make(s, 2, [3] * 4)
+    assert sizes(compute(s)) == [("r0", 1), ("r2", 4)]
+    assert [q.request.id for q in s.waiting] == ["r1"]

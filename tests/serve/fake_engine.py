@@ -18,7 +18,7 @@ from ingot.runtime.batch import Sampled, StepBatch, StepLayout, StepSize
 from ingot.runtime.engine import Engine, EngineOptions
 from ingot.runtime.kv_cache import GroupInfo
 from ingot.runtime.protocol import ExecutorInfo
-from ingot.runtime.sampler import SamplingRows, sample
+from ingot.runtime.sampler import Sampler
 from ingot.runtime.tokenizer import Tokenizer
 
 VOCAB = 263  # 256 bytes, three special tokens, four ids that no token has
@@ -67,6 +67,7 @@ class RollExecutor:
         self.info = ExecutorInfo({"full": GroupInfo("page", PAGE_SIZE, NUM_PAGES)}, 64, 256, max_model_len, VOCAB, asynchronous=True)
         self._layout = StepLayout.of(self.info.groups, 64, max_model_len)
         self._samples = np.zeros(self._layout.num_samples, np.int32)
+        self._sampler = Sampler(64, VOCAB, torch.device("cpu"))
         self._seconds, self._ready = seconds, 0.0
 
     def batch(self, size: StepSize) -> StepBatch:
@@ -79,7 +80,7 @@ class RollExecutor:
         values = np.zeros((batch.size.num_rows, VOCAB), np.float32)
         for row, t in enumerate(batch.arrays["logits_rows"]):
             values[row] = logits(int(ids[t]), int(batch.arrays["positions"][t]))
-        sampled = sample(torch.from_numpy(values), SamplingRows.from_batch(batch)).to_host()
+        sampled = self._sampler(torch.from_numpy(values), batch, torch.from_numpy(ids)).to_host()
         kept = sampled.token_ids[: len(self._samples)]
         self._samples[: len(kept)] = np.maximum(kept, 0)
         self._ready = max(self._ready, time.perf_counter()) + self._seconds

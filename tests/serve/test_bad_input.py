@@ -64,7 +64,10 @@ def still_serving(server: Any, fake: SimpleNamespace) -> Any:
         ("n", {"prompt": "a", "n": 1.5}),
         ("n", {"prompt": "a", "n": 129}),
         ("n", {"prompt": "a", "n": 2, "echo": True, "logprobs": 1}),
-        ("best_of", {"prompt": "a", "best_of": 2}),
+        ("best_of", {"prompt": "a", "best_of": 2, "n": 3}),
+        ("best_of", {"prompt": "a", "best_of": 0}),
+        ("stream", {"prompt": "a", "best_of": 2, "stream": True}),
+        ("priority", {"prompt": "a", "priority": 0.5}),
         ("seed", {"prompt": "a", "seed": 2**70}),
         ("stop", {"prompt": "a", "stop": 5}),
         ("stop", {"prompt": "a", "stop": ["x"] * 17}),
@@ -73,8 +76,21 @@ def still_serving(server: Any, fake: SimpleNamespace) -> Any:
         ("stream_options", {"prompt": "a", "stream_options": {"include_usage": True}}),
         ("stream_options.include_usage", {"prompt": "a", "stream": True, "stream_options": {"include_usage": "yes"}}),
         ("suffix", {"prompt": "a", "suffix": "b"}),
-        ("logit_bias", {"prompt": "a", "logit_bias": {"5": 1}}),
-        ("presence_penalty", {"prompt": "a", "presence_penalty": 0.5}),
+        ("logit_bias", {"prompt": "a", "logit_bias": {"x": 1}}),
+        ("logit_bias", {"prompt": "a", "logit_bias": {"-1": 1}}),
+        ("logit_bias", {"prompt": "a", "logit_bias": [5]}),
+        ("logit_bias", {"prompt": "a", "logit_bias": {"5": "1"}}),
+        ("logit_bias", {"prompt": "a", "logit_bias": {"5": 101}}),
+        ("logit_bias", {"prompt": "a", "logit_bias": {"263": 1}}),
+        ("presence_penalty", {"prompt": "a", "presence_penalty": 2.5}),
+        ("frequency_penalty", {"prompt": "a", "frequency_penalty": -2.1}),
+        ("repetition_penalty", {"prompt": "a", "repetition_penalty": 0}),
+        ("min_tokens", {"prompt": "a", "min_tokens": 17}),
+        ("min_tokens", {"prompt": "a", "min_tokens": -1}),
+        ("bad_words.0", {"prompt": "a", "bad_words": [5]}),
+        ("bad_words", {"prompt": "a", "bad_words": [" "]}),
+        ("allowed_token_ids", {"prompt": "a", "allowed_token_ids": [263]}),
+        ("allowed_token_ids", {"prompt": "a", "allowed_token_ids": [256], "min_tokens": 1}),
         ("response_format", {"prompt": "a", "response_format": {"type": "json_object"}}),
     ],
 )
@@ -91,6 +107,7 @@ def test_numbers_out_of_range_are_named(http: httpx.Client, body: dict[str, Any]
         answer = http.post(f"/v1/{path}", json=extra | body)
         assert answer.status_code == 400
         assert answer.json()["error"]["message"].startswith(f"{next(iter(body))} is ")
+        assert answer.json()["error"]["param"] == next(iter(body))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +135,19 @@ def test_wrong_chats(http: httpx.Client, param: str, body: Any) -> None:
 
 
 def test_harmless_fields_are_accepted(http: httpx.Client) -> None:
-    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
+    harmless = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "allowed_token_ids": [],
+        "bad_words": [],
+        "min_tokens": 0,
+        "repetition_penalty": 1,
+    }
     chat = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}, "max_completion_tokens": 2}
     assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "best_of": 1, "suffix": None} | harmless).status_code == 200
     assert http.post("/v1/chat/completions", json=CHAT | chat | harmless).status_code == 200
@@ -156,7 +185,8 @@ def test_half_a_request_harms_nobody(server: Any, sent: bytes) -> None:
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=8)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6)
 FIELDS = ("prompt messages model max_tokens max_completion_tokens temperature top_p top_k min_p seed n stop stop_token_ids ignore_eos stream stream_options "
-          "logprobs top_logprobs echo suffix tools logit_bias response_format chat_template_kwargs add_generation_prompt").split()  # fmt: skip
+          "logprobs top_logprobs echo suffix tools logit_bias best_of presence_penalty repetition_penalty min_tokens bad_words allowed_token_ids priority "
+          "use_beam_search length_penalty early_stopping response_format chat_template_kwargs add_generation_prompt").split()  # fmt: skip
 LIKELY = st.sampled_from([0, 1, 2, 16, -1, 0.5, "a", "fake", ["a"], [1, 2], [[1], [2]], True, [{"role": "user", "content": "x"}], {"include_usage": True}])
 
 

@@ -125,3 +125,40 @@ def test_fifty_concurrent_streams_get_each_its_own_tokens(server: Any, fake: Sim
             return await asyncio.gather(*(one(client, p) for p in asked))
 
     assert asyncio.run(all_of_them()) == [fake.greedy(p, 31) for p in asked]
+
+
+def test_logits_are_biased_penalized_and_restricted_by_request(http: httpx.Client, fake: SimpleNamespace) -> None:
+    def answer(**rules: Any) -> list[int]:
+        return post(http, prompt=[7, 8], max_tokens=12, temperature=0, return_token_ids=True, **rules)["choices"][0]["token_ids"]
+
+    plain = fake.greedy([7, 8], 12)
+    assert answer() == plain
+    assert answer(logit_bias={str(plain[0]): -100})[0] != plain[0]
+    assert answer(logit_bias={"65": 100}) == [65] * 12
+    assert set(answer(allowed_token_ids=[70, 71])) <= {70, 71}
+    assert answer(logit_bias={"65": 30}, frequency_penalty=2, presence_penalty=1).count(65) < 12
+    assert answer(logit_bias={"65": 30}, repetition_penalty=20).count(65) < 12
+    assert answer(logit_bias={"65": 100}, bad_words=[chr(33 + 65) * 2]).count(65) < 12  # the byte tokenizer's token 65 is "b"
+    assert answer(logit_bias={str(fake.EOS): 100}) == [fake.EOS]
+    late = answer(logit_bias={str(fake.EOS): 100}, min_tokens=5)
+    assert late.index(fake.EOS) == 5
+
+
+def test_rules_work_in_chats_and_for_openais_client(client: openai.OpenAI) -> None:
+    rules: dict[str, Any] = {"logit_bias": {"65": 100}, "frequency_penalty": 0.5, "presence_penalty": 0.5}
+    chat = client.chat.completions.create(
+        model="fake",
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=5,
+        extra_body={"min_tokens": 2, "repetition_penalty": 1.1, "priority": -1},
+        **rules,
+    )
+    assert chat.choices[0].message.content == "bbbbb"
+
+
+def test_the_best_of_several_come_first(http: httpx.Client) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 6, "temperature": 1.3, "seed": 4, "logprobs": 0, "return_token_ids": True}
+    every = post(http, **body, n=5)["choices"]
+    ranked = sorted(every, key=lambda c: -sum(c["logprobs"]["token_logprobs"]))
+    best = post(http, **body, n=2, best_of=5)["choices"]
+    assert [(c["index"], c["token_ids"]) for c in best] == [(i, ranked[i]["token_ids"]) for i in range(2)]
