@@ -27,7 +27,13 @@ def check_relative(relative: str, place: Path) -> None:
 
 _SPACE = "free some space (`ingot artifacts gc`), or write to another disk (INGOT_HOME is where the store is)"
 _PERMISSION = "write to a folder of your own (INGOT_HOME is where the store is), or ask for permission"
-_REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EROFS: _PERMISSION, errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION}
+_LIMIT = "raise the limit on the size of files (ulimit -f), or write to a file system that takes larger ones"
+_PLACE = "name a path that can be a file or folder"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: _LIMIT,
+    errno.EROFS: _PERMISSION, errno.EACCES: _PERMISSION, errno.EPERM: _PERMISSION,
+    errno.ENOENT: _PLACE, errno.ENOTDIR: _PLACE, errno.EISDIR: _PLACE,
+}  # fmt: skip
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import tvm_ffi
 
+from .files import ArtifactError
 from .plan import Kernel
 
 
@@ -32,5 +33,8 @@ class SharedObject:
 
 
 def load(kernel: Kernel, path: Path) -> SharedObject:
-    """Load `kernel`'s file; OSError if it is not a shared object that this machine can load."""
-    return SharedObject(tvm_ffi.load_module(str(path))[kernel.symbol])
+    """Load `kernel`'s file. ArtifactError if it is not a shared object that this machine can load, or holds another kernel."""
+    try:
+        return SharedObject(tvm_ffi.load_module(str(path))[kernel.symbol])
+    except (RuntimeError, AttributeError) as error:
+        raise ArtifactError(f"{path} cannot be loaded ({str(error).splitlines()[0]}); compile the model on this machine") from error

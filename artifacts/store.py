@@ -27,10 +27,13 @@ import msgspec
 from . import archive
 from .artifact import Artifact, ArtifactWriter
 from .chunks import check_chunks, map_file
-from .files import ArtifactError, flush, link, read, writing
+from .files import ArtifactError, flush, link, writing
 from .gate_record import path_of as gate_record_path
 from .manifest import MANIFEST, WEIGHTS, Manifest, check_key
 from .settings import settings
+
+_SPARE = ".new"
+"""What becomes a blob or an index by a rename, under the blobs' lock."""
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -154,6 +157,8 @@ class Store:
         if not self._blobs.exists():
             return Collected(folders, blobs, nbytes)
         with self._lock_blobs():
+            for spare in (self._blobs / _SPARE, self._kernels / _SPARE):
+                spare.unlink(missing_ok=True)  # of a killed process; as a second link it would keep a blob for ever
             for blob in self._blobs.iterdir():
                 if (stat := blob.stat()).st_nlink == 1:
                     blobs += 1
@@ -260,25 +265,22 @@ class Store:
             return
         good = blob.exists() and blob.stat().st_size == file.stat().st_size and intact(blob)
         source, destination = (blob, file) if good else (file, blob)
-        spare = self._blobs / ".new"
+        spare = self._blobs / _SPARE
         spare.unlink(missing_ok=True)
         os.link(source, spare)
         os.replace(spare, destination)
 
     def _blob(self, sha: str) -> bytes | None:
-        blob = self._blobs / sha
-        if not blob.exists():
+        try:
+            data = (self._blobs / sha).read_bytes()
+        except FileNotFoundError:  # never kept, or collected this moment
             return None
-        data = read(blob)
         return data if hashlib.sha256(data).hexdigest() == sha else None
 
     def _cached(self, name: str) -> _CachedKernel | None:
-        path = self._kernels / f"{name}.json"
-        if not path.is_file():
-            return None
         try:
-            return msgspec.json.decode(read(path), type=_CachedKernel)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            return msgspec.json.decode((self._kernels / f"{name}.json").read_bytes(), type=_CachedKernel)
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
     def _index(self, name: str, binary: str, source: str) -> None:
@@ -286,7 +288,7 @@ class Store:
 
     def _put(self, path: Path, data: bytes) -> None:
         """Write a file so that it is there whole or not at all. One at a time, under the blobs' lock: a leftover is overwritten."""
-        spare = path.with_name(".new")
+        spare = path.with_name(_SPARE)
         spare.unlink(missing_ok=True)
         spare.write_bytes(data)
         spare.chmod(0o444)

@@ -140,6 +140,9 @@ class Job:
         dtype = _dtype(options.dtype, config, target)
         kv_dtype = dtype_name(dtype) if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
         _check_admitted(config)
+        source.check_vocabulary(found)
+        if _max_model_len(config) < 1:
+            raise CompileError(f"config.json gives a context of {_max_model_len(config)} tokens; correct max_position_embeddings")
         on_gpu = target.kind == "cuda"
         entry = entry_point(config)
         if entry == "embed" and options.kv_cache_dtype != "auto":
@@ -178,7 +181,7 @@ class Job:
         done("prepare")
         graph, counts = self.lowered(progress, done)
         specs = self.specs()
-        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
+        with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder:  # what a kill leaves there, gc removes
             emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
             device = None if self.defer_gate else device_for(self.target)
             outline = Outline.of(graph)
@@ -281,12 +284,11 @@ def device_for(target: Target) -> torch.device | None:
 
 def _dtype(name: str, config: Any, target: Target) -> torch.dtype:
     if name == "auto":
-        dtype = (
-            getattr(config.get_text_config(decoder=True), "dtype", None)
-            or getattr(config, "dtype", None)
-            or (torch.float32 if entry_point(config) == "embed" else torch.bfloat16)
-        )
-        return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+        default = torch.float32 if entry_point(config) == "embed" else torch.bfloat16
+        dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None) or default
+        name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
+        if name not in DTYPES:
+            raise CompileError(f"config.json gives the dtype {name}, in which nothing is computed; choose one of {', '.join(DTYPES)} with --dtype")
     if name not in DTYPES:
         raise CompileError(f"--dtype {name} is unknown: use auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -10,7 +10,7 @@ import torch
 
 from ingot.artifacts.artifact import ArtifactWriter
 from ingot.artifacts.weights import recipe_to_json
-from ingot.models.checkpoint import Checkpoint, dummy, recipes
+from ingot.models.checkpoint import Checkpoint, check_finite, dummy, recipes
 from ingot.models.checkpoint import pack as pack_tensor
 from ingot.models.frontend import build
 from ingot.ops import Graph, Recipe, Weight
@@ -48,7 +48,10 @@ def described(graph: Graph, checkpoint: Checkpoint | None) -> dict[str, tuple[st
 
 
 def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, progress: Callable[[float], None]) -> float:
-    """Write every weight of `graph`, whose recipes are bound when there is a checkpoint, to the artifact; returns GB/s of the writing."""
+    """Write every weight of `graph`, whose recipes are bound when there is a checkpoint, to the artifact; returns GB/s of the writing.
+
+    CheckpointError names the tensor that holds NaN or infinity.
+    """
     out = writer.weights()
     memo: dict[Any, Any] = {}
     made_from: tuple[Recipe, ...] = ()
@@ -62,6 +65,8 @@ def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, pr
         else:
             if recipe.inputs != made_from:  # the parts of a weight follow one another
                 memo, made_from = {}, recipe.inputs
-            out.add(name, pack_tensor(recipe, checkpoint, graph.constants, weight.dtype, memo=memo), recipe)
+            packed = pack_tensor(recipe, checkpoint, graph.constants, weight.dtype, memo=memo)
+            check_finite(packed, recipe, checkpoint)
+            out.add(name, packed, recipe)
     progress(1.0)
     return out.gigabytes_per_second

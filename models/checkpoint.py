@@ -14,6 +14,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_MOST_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
 class CheckpointError(IngotError):
@@ -134,7 +136,7 @@ def _files(folder: Path) -> list[Path]:
         return [single]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [folder / f for f in _shards(index)]
         if absent := [f.name for f in files if not f.is_file()]:
             raise CheckpointError(f"{index} names shards that are not there: {_list(absent)}; download the checkpoint again")
         return files
@@ -149,26 +151,45 @@ def _files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no safetensors file; add one, or compile with --dummy-weights")
 
 
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index speaks of, all of them in its folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{index} is no index of a checkpoint ({e!r}); download it again") from None
+    if outside := [n for n in names if not re.fullmatch(r"[^/]+\.safetensors", str(n))]:
+        raise CheckpointError(
+            f"{index} names shards outside its folder: {_list(list(map(str, outside)))}; do not use this checkpoint, and ask where it came from"
+        )
+    return names
+
+
 def _read_header(file: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     """The header as stored, and what it says. Format: 8 bytes length (little-endian), JSON, data (huggingface.co/docs/safetensors)."""
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        header = f.read(length) if length <= size - 8 else b""
+        header = f.read(length) if length <= min(size - 8, _MOST_HEADER_BYTES) else b""
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         infos = {}
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (begin, end, *entry["shape"])):
+                raise ValueError(f"{name} has a size or an offset that is none")
             infos[name] = TensorInfo(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin)
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{file} is not a safetensors file, or its header is damaged ({e!r}); download it again") from None
     for name, info in infos.items():
         if info.begin + info.nbytes > size:
             raise CheckpointError(f"{file} is cut short: {name} ends at byte {info.begin + info.nbytes}, the file at {size}; download it again")
         if info.nbytes != math.prod(info.shape) * info.dtype.itemsize:
             raise CheckpointError(f"{file}: {name} is said to be {info.dtype} {list(info.shape)} and to have {info.nbytes} bytes; download it again")
+    in_order = sorted((i.begin, i.begin + i.nbytes, n) for n, i in infos.items() if i.nbytes)
+    for (_, end, first), (begin, _, second) in pairwise(in_order):
+        if begin < end:
+            raise CheckpointError(f"{file}: {first} and {second} overlap; download it again")
     return header, infos
 
 
@@ -200,6 +221,23 @@ def pack(recipe: Recipe, checkpoint: Checkpoint, constants: Mapping[str, torch.T
     out = torch.empty(shape(recipe), dtype=dtype) if out is None else out
     fill(recipe, out)
     return out
+
+
+def check_finite(packed: torch.Tensor, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """CheckpointError when a packed weight holds NaN or infinity, with the name of the tensor that it comes from."""
+    if _finite(packed):
+        return
+    if guilty := [n for n in dict.fromkeys(recipe.sources) if not _finite(checkpoint.tensors[n])]:
+        raise CheckpointError(f"{checkpoint.infos[guilty[0]].file}: {_list(guilty)} holds NaN or infinity; download the checkpoint again, or take another one")
+    raise CheckpointError(f"{checkpoint.folder}: values of {_list(recipe.sources)} are too large for {packed.dtype}; compile with --dtype bfloat16")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return True
+    if tensor.itemsize == 1:  # no arithmetic is defined on them
+        return all(bool(piece.float().isfinite().all()) for piece in tensor.reshape(-1).split(1 << 24))
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # one pass at the speed of memory; NaN goes through
 
 
 def dummy(name: str, weight: Weight, seed: int) -> Recipe:

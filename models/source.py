@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ingot.ops.errors import IngotError
 
 from . import sentence_transformers
@@ -115,6 +117,39 @@ def _config(file: Path, trust_remote_code: bool) -> PretrainedConfig:
     near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise SourceError(f"{file}: transformers defines no model_type {kind!r}{hint} (a newer transformers may)")
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: dict[str, int] | list[Any]  # a list: of [token, score]
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    model: _Vocabulary
+    added_tokens: list[_AddedToken] = []
+
+
+def check_vocabulary(source: ModelSource) -> None:
+    """SourceError when tokenizer.json has tokens that the model has no embedding for, or cannot be read."""
+    size = getattr(source.config.get_text_config(decoder=True), "vocab_size", None)
+    for file in source.tokenizer_files:
+        if file.name != "tokenizer.json" or size is None:
+            continue
+        try:
+            tokenizer = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise SourceError(f"{file} is no tokenizer ({e}); download it again") from None
+        vocab = tokenizer.model.vocab
+        ids = dict(vocab) if isinstance(vocab, dict) else {f"number {len(vocab) - 1}": len(vocab) - 1}
+        ids |= {t.content: t.id for t in tokenizer.added_tokens}
+        if beyond := sorted((i, t) for t, i in ids.items() if i >= size):
+            tokens = ", ".join(f"{t!r} ({i})" for i, t in beyond[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
+            raise SourceError(f"{file} has tokens that the model's vocabulary of {size} does not: {tokens}; "
+                              "use the tokenizer that belongs to this checkpoint, or take these tokens out of it")  # fmt: skip
 
 
 def _json(file: Path) -> dict[str, Any]:

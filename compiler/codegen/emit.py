@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ingot.artifacts.bound import Loaded, load
+from ingot.artifacts.files import writing
 from ingot.artifacts.plan import Kernel
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
@@ -42,7 +43,8 @@ class Emitter:
                 missing[name] = source
             else:
                 self._binaries[name], self._texts[name] = cached
-        self._compile(missing)
+        with writing(self.folder):
+            self._compile(missing)
         kernels: dict[str, tuple[Kernel, Loaded | None]] = {}
         for source, name in named.items():
             if name not in kernels:
@@ -79,5 +81,6 @@ class Emitter:
             return kernel, None
         path = self.folder / f"{name}.{suffix}"
         if not path.exists():
-            path.write_bytes(self._binaries[name])
+            with writing(path):
+                path.write_bytes(self._binaries[name])
         return kernel, load(kernel, path)

@@ -8,7 +8,9 @@ imports Triton, and JOBS are forked from it while it has no threads.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,9 +27,18 @@ FAILED = 3
 """The exit code when a source does not compile; standard error has the message alone."""
 
 
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """A compiler that is killed leaves nobody at work."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
+    _die_with_parent()
     requests = [msgspec.json.decode(line, type=tuple[Source, Target]) for line in sys.stdin.buffer]
-    with ProcessPoolExecutor(int(sys.argv[1]), mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(int(sys.argv[1]), mp_context=multiprocessing.get_context("fork"), initializer=_die_with_parent) as pool:
         waiting = {pool.submit(compile_source, *request): request for request in requests}
         try:
             for future in as_completed(waiting):

@@ -8,14 +8,18 @@ whole or not at all, and the first failure ends the program. Imports neither tor
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import tvm
 from tvm.script import from_source
 from tvm.target import Target
+
+_PR_SET_PDEATHSIG = 1
 
 
 def compile_file(symbol: str, source: str, output: str, target: Target, launcher: str) -> None:
@@ -34,6 +38,7 @@ def compile_file(symbol: str, source: str, output: str, target: Target, launcher
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a compiler that is killed leaves nobody at work
     sys.excepthook = sys.__excepthook__  # TVM's own says nothing of what is wrong with a script
     for line in sys.stdin:
         symbol, source, output = line.rstrip("\n").split("\t")

@@ -115,6 +115,18 @@ def test_gc_keeps_what_is_used(store: Store, build: Build) -> None:
     assert list((store.home / "blobs").iterdir()) == list((store.home / "kernels").iterdir()) == []
 
 
+def test_gc_removes_the_spare_link_of_a_killed_process_and_the_record_of_a_removed_artifact(store: Store, build: Build) -> None:
+    folder = build("k1")
+    os.link(folder / "weights.bin", store.home / "blobs" / ".new")
+    (store.home / "artifacts" / "k1.gate.json").write_text("{}")
+    (store.home / "artifacts" / "k2.gate.json").write_text("{}")
+    store.gc()
+    assert sorted(p.name for p in (store.home / "artifacts").iterdir()) == ["k1", "k1.gate.json"]
+    store.remove("k1")
+    store.gc()
+    assert list((store.home / "blobs").iterdir()) == list((store.home / "artifacts").iterdir()) == []
+
+
 def test_compiled_kernels_are_kept(store: Store, build: Build, flip: Callable[..., None]) -> None:
     assert store.kernel("gemv_2c3d") is None
     folder = build("k1")

@@ -1,5 +1,6 @@
 """Checkpoints against transformers' own loading, their errors, and the memory they take."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ingot.models.checkpoint import Checkpoint, CheckpointError, dummy, pack, recipes
+from ingot.models.checkpoint import Checkpoint, CheckpointError, check_finite, dummy, pack, recipes
 from ingot.models.recorder import Recorder, RecorderError
 from ingot.ops.dummy import generate
 from ingot.ops.graph import Recipe, Weight
@@ -197,6 +198,89 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         file.write_bytes(bad)
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             Checkpoint.open(tmp_path)
+
+
+def header_of(file: Path, entries: dict[str, Any], data: bytes = bytes(64)) -> None:
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets", "said"),
+    [
+        ([4], [0, 16], "a and b overlap"),
+        ([-2, -2], [24, 40], "a size or an offset that is none"),
+        ([4], [-16, 0], "a size or an offset that is none"),
+        ([4], [40, 24], "a is said to be"),
+        ([2.0, 2], [24, 40], "a size or an offset that is none"),
+        ([1 << 40, 1 << 40], [24, 40], "a is said to be"),
+        ([4], [1 << 60, (1 << 60) + 16], "cut short"),
+        ([4], [24], "not enough values"),
+    ],
+)
+def test_headers_that_lie(shape: list[Any], offsets: list[int], said: str, tmp_path: Path) -> None:
+    header_of(
+        tmp_path / "model.safetensors",
+        {"b": {"dtype": "F32", "shape": [5], "data_offsets": [4, 24]}, "a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}},
+    )
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(tmp_path)
+
+
+def test_header_bombs_are_not_opened(tmp_path: Path) -> None:
+    """A header that says it is longer than the format allows is not read, and one that is nested without end is refused."""
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as f:
+        f.write((1 << 33).to_bytes(8, "little"))
+        f.truncate((1 << 33) + 8)  # sparse
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        Checkpoint.open(tmp_path)
+    bomb = b"[" * 1_000_000
+    file.write_bytes(len(bomb).to_bytes(8, "little") + bomb)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "deep/model.safetensors", "..", "", 7])
+def test_an_index_that_points_outside_is_refused(name: Any, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"names shards outside its folder: .*do not use"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["x"]}}', "[" * 100_000])
+def test_an_index_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is no index"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_found_by_name(dtype: torch.dtype, bad: float, tmp_path: Path) -> None:
+    tensors = {n: torch.randn(37, 5).to(dtype) for n in "abc"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    recipe = Recipe("cat", (0,), tuple(Recipe("tensor", (n,)) for n in "abc"))
+    checkpoint = Checkpoint.open(tmp_path)
+    check_finite(pack(recipe, checkpoint, {}, dtype), recipe, checkpoint)
+    damaged = tensors["b"].float()
+    damaged[36, 4] = bad
+    if dtype == torch.float8_e4m3fn:  # which has no infinity
+        damaged[36, 4] = float("nan")
+    save_file(tensors | {"b": damaged.to(dtype)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: b holds NaN or infinity"):
+        check_finite(pack(recipe, checkpoint, {}, dtype), recipe, checkpoint)
+
+
+def test_values_that_a_dtype_cannot_hold_are_told(tmp_path: Path) -> None:
+    save_file({"a": torch.full((3,), 1e5)}, tmp_path / "model.safetensors")
+    checkpoint, recipe = Checkpoint.open(tmp_path), Recipe("tensor", ("a",))
+    with pytest.raises(CheckpointError, match=r"values of a are too large for torch\.float16; compile with --dtype bfloat16"):
+        check_finite(pack(recipe, checkpoint, {}, torch.float16), recipe, checkpoint)
 
 
 def test_every_dtype_and_shape_reads_back(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig
 
-from ingot.models.source import SourceError, resolve
+from ingot.models.source import SourceError, check_vocabulary, resolve
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
 
@@ -128,3 +128,19 @@ def test_the_bundled_model_is_the_default() -> None:
     assert source.name == "bundled"
     assert "tokenizer.json" in {f.name for f in source.tokenizer_files}
     assert len(source.eos_token_ids) == 2
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(**SMALL).to_dict()
+
+    def check(model: object, added: list[dict[str, object]]) -> None:
+        check_vocabulary(resolve(str(write(tmp_path / "m", config=config, tokenizer={"model": model, "added_tokens": added}))))
+
+    check({"vocab": {"a": 0, "z": 96}}, [{"id": 5, "content": "<s>", "special": True}])
+    check({"vocab": [["a", 0.0]] * 97}, [])
+    with pytest.raises(SourceError, match=r"tokenizer\.json has tokens that the model's vocabulary of 97 does not: 'z' \(97\), '<pad>' \(99\); use"):
+        check({"vocab": {"a": 0, "z": 97}}, [{"id": 99, "content": "<pad>"}])
+    with pytest.raises(SourceError, match="number 97"):
+        check({"vocab": [["a", 0.0]] * 98}, [])
+    with pytest.raises(SourceError, match="is no tokenizer"):
+        check("what", [])
