@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ingot.artifacts.store import Store
 from ingot.models import oracle, source
 from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import architecture, entry_point, trace
+from ingot.models.quantization import method_of
 from ingot.ops import OPS, Graph
 from ingot.ops.errors import IngotError
 from ingot.ops.target import Target, here, resolve
@@ -36,7 +37,7 @@ from .inputs import Inputs, inputs_of
 from .outline import Outline
 from .pipeline import count, lower
 from .plan import plan
-from .quantization import choose_online, num_elements, quantize_weights
+from .quantization import choose_as, choose_online, num_elements, quantize_weights, with_activations
 from .select import select
 from .tuning import Table, table_for
 from .variants import VariantSpec, embed_variants, page_size, variants
@@ -125,6 +126,8 @@ class Job:
             target = msgspec.structs.replace(target, device="")  # as from a machine without it: nothing is measured
         config = found.config
         exclude = tuple(e for e in options.quantize_exclude.split(",") if e)
+        if (method := method_of(config)) is not None and options.quantize != "none":
+            raise CompileError(f"--quantize {options.quantize}: {found.name} is quantized already ({method.name}); leave the flag out")
         if options.quantize != "none":
             choose_online(options.quantize, target, exclude)  # an unknown name is found here
         elif exclude:
@@ -244,7 +247,10 @@ class Job:
         traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
         if self.options.quantize != "none":
             traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
+        elif self.checkpoint is None and (method := method_of(self.source.config)) is not None:
+            traced = quantize_weights(traced, choose_as(method))
         traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
+        traced.weights = {n: replace(w, recipe=with_activations(w.recipe, self.target)) for n, w in traced.weights.items()}
         done("trace")
         progress("lower", 0.0)
         lowered = lower(traced, self.target, settings().dump)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ingot.models.quantization import Method
 from ingot.ops import Graph, Recipe, Weight, formats
 from ingot.ops.errors import IngotError
 from ingot.ops.target import Target
@@ -105,6 +106,19 @@ def choose_online(method: str, target: Target, exclude: Sequence[str]) -> Choose
     return choose
 
 
+def choose_as(method: Method) -> Choose:
+    """What a quantized checkpoint would have of each weight, for dummy weights: LM heads and routers are left alone by those who make them."""
+    return lambda name, is_head: None if is_head or ROUTERS.search(name) else method.scheme(name.removesuffix(".weight"))
+
+
+def with_activations(recipe: Recipe, target: Target) -> Recipe:
+    """Where nothing is said about activations, kernels of the target have them as their format wants."""
+    if recipe.op != "dequantize":
+        return replace(recipe, inputs=tuple(with_activations(i, target) for i in recipe.inputs)) if recipe.inputs else recipe
+    form, activation, *rest = recipe.params
+    return replace(recipe, params=(form, formats.get(form).activation(target) if activation == "none" else activation, *rest))
+
+
 def quantize_weights(graph: Graph, choose: Choose) -> Graph:
     """The graph with quantized weights: those of linear layers for which `choose` names a format. A weight that something else reads as
     well (a tied embedding) keeps its own values there."""
@@ -130,8 +144,11 @@ def quantized_recipe(weight: Weight, form: str, activation: str) -> Recipe:
     n, k = weight.shape
     found = formats.get(form)
     scales = found.quantize(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))["scale"].dtype
-    parts = tuple(Recipe("quantize", (form, part), (weight.recipe,)) for part in found.parts)
-    return Recipe("dequantize", (form, activation, str(scales).removeprefix("torch."), n, k), parts)
+    parts = [Recipe("quantize", (form, part), (weight.recipe,)) for part in found.parts]
+    if activation.endswith("_static"):
+        block = weight.recipe.sources[0].removesuffix(".weight").rpartition(".")[0]  # those that read the same rows have the same scale
+        parts.append(Recipe("tensor", (f"{block}.input_scale",)))
+    return Recipe("dequantize", (form, activation, str(scales).removeprefix("torch."), n, k), tuple(parts))
 
 
 def num_elements(weight: Weight) -> int:

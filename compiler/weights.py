@@ -28,13 +28,7 @@ def bind(graph: Graph, checkpoint: Checkpoint | None, config: Any) -> dict[str, 
         return graph.weights
     parameters = {source: (w.shape, w.dtype) for w in graph.weights.values() for source in w.recipe.sources}
     found = recipes(checkpoint, config, parameters, build(config, torch.float32, "meta"))
-    return {n: replace(w, recipe=_substitute(w.recipe, found)) for n, w in graph.weights.items()}
-
-
-def _substitute(recipe: Recipe, found: dict[str, Recipe]) -> Recipe:
-    if recipe.op == "tensor":
-        return found[recipe.params[0]]
-    return replace(recipe, inputs=tuple(_substitute(i, found) for i in recipe.inputs))
+    return {n: replace(w, recipe=w.recipe.substituted(found)) for n, w in graph.weights.items()}
 
 
 def final_recipe(name: str, weight: Weight, checkpoint: Checkpoint | None) -> Recipe:

@@ -24,6 +24,7 @@ from ingot.ops import formats
 from ingot.ops.errors import IngotError
 from ingot.ops.graph import Recipe, Weight
 
+from . import quantization
 from .recorder import Recorder, RecorderError
 
 if TYPE_CHECKING:
@@ -265,11 +266,11 @@ def recipes(
     Follows transformers' own conversion mapping (renamings, stacked experts, base-model prefixes) and tied weights in both directions.
     `model` is the model on meta, if the caller has it already. CheckpointError lists every tensor that is missing, surplus or of a wrong shape.
     """
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", quantization)
-        raise CheckpointError(f"{checkpoint.folder} is quantized ({method}), which cannot be read yet; use an unquantized checkpoint of this model")
     model = _meta_model(config) if model is None else model
-    made, surplus, problems = _convert(checkpoint, model)
+    method = quantization.method_of(config)
+    stored, dequantized = _logical(checkpoint, method)
+    made, surplus, problems = _convert(stored, model)
+    made = {n: (r.substituted(dequantized), shape) for n, (r, shape) in made.items()}
     result: dict[str, Recipe] = {}
     missing = []
     for name, (shape, _) in parameters.items():
@@ -282,16 +283,29 @@ def recipes(
         else:
             result[name] = found[0]
         problems += [p for n in same if name in made and n in made and (p := _untied(checkpoint, name, n, made))]
-    lines = [f"missing: {m}" for m in missing] + [f"surplus: {s} {list(checkpoint.infos[s].shape)}" for s in surplus]
+    lines = [f"missing: {m}" for m in missing] + [f"surplus: {s} {list(stored.infos[s].shape)}" for s in surplus]
     lines += [f"wrong: {p}" for p in dict.fromkeys(problems)]
     if lines:
         raise CheckpointError(f"the checkpoint in {checkpoint.folder} does not fit {type(model).__name__} with its config.json:\n  " + "\n  ".join(lines))
     return result
 
 
+def _logical(checkpoint: Checkpoint, method: quantization.Method | None) -> tuple[Checkpoint, dict[str, Recipe]]:
+    """The checkpoint as it would be if it were not quantized, to be asked for names and shapes, and the weights that are."""
+    if method is None:
+        return checkpoint, {}
+    shapes, recipes = quantization.logical(method, checkpoint.tensors, checkpoint.meta)
+    some = next(iter(checkpoint.infos.values()))
+    infos = {n: checkpoint.infos[n] if n not in recipes else TensorInfo(some.file, torch.bfloat16, tuple(s), 0, 0) for n, s in shapes.items()}
+    return Checkpoint(checkpoint.folder, {}, infos), recipes
+
+
 def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # names and shapes are those of the ordinary model
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -54,6 +54,9 @@ class Recipe:
     with the graph) · "seed" (seed, mean, std: dummy weights, drawn by `ops.dummy.generate`; the shape is the weight's own, so it
     stands at the root).
 
+    Of checkpoints that pack codes: "unpack" (bits, count, order) of int32 [R, W] is uint8 [R, count], codes from the low bits up, or
+    in `order` within a word · "add_codes" (amount, bits) · "expand" (*shape).
+
     Of quantized weights (`ops.formats`): "quantize" (format, part) of a float weight is a plain part · "dequantize" (format,
     activation, dtype of scales, n, k) of plain parts, and a scale for activations if there is one, is a float weight [n, k] · "pack"
     (format, layout, part, n, k, pieces) of plain parts is a packed part.
@@ -67,6 +70,12 @@ class Recipe:
     def sources(self) -> list[str]:
         """Names of the checkpoint tensors it reads, in order."""
         return [self.params[0]] if self.op == "tensor" else [s for i in self.inputs for s in i.sources]
+
+    def substituted(self, recipes: Mapping[str, Recipe]) -> Recipe:
+        """The recipe over other tensors: those named in `recipes` are made by them."""
+        if self.op == "tensor":
+            return recipes.get(self.params[0], self)
+        return replace(self, inputs=tuple(i.substituted(recipes) for i in self.inputs)) if self.inputs else self
 
     def run(self, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], memo: dict[Any, Any] | None = None) -> torch.Tensor:
         """The weight, from checkpoint tensors by name. Parts that are made together are kept in `memo` for the next that asks."""
@@ -94,6 +103,13 @@ class Recipe:
                 return values[0].index_select(self.params[0], values[1])
             case "argsort":
                 return values[0].argsort(stable=True)
+            case "expand":
+                return values[0].expand(self.params)
+            case "unpack":
+                return formats.unpacked_words(values[0], *self.params)
+            case "add_codes":
+                amount, bits = self.params
+                return values[0].to(torch.int32).add(amount).bitwise_and((1 << bits) - 1).to(torch.uint8)
             case "dequantize":
                 form = formats.get(self.params[0])
                 return form.dequantize(dict(zip(form.parts, values, strict=False)))

@@ -14,7 +14,7 @@ from ..errors import IngotError
 from ..target import Target
 from .format import FORMATS, Format, halves, joined
 
-__all__ = ["FormatError", "get", "names", "online", "packed", "unpacked"]
+__all__ = ["FormatError", "get", "names", "online", "packed", "unpacked", "unpacked_words"]
 
 LM_HEAD = {"cpu": "int8_channel"}
 """What an LM head is quantized to when a model is, by kind of target: on a CPU it is a third of a small model's bytes. Elsewhere it stays as it is."""
@@ -60,6 +60,15 @@ def packed(parts: dict[str, torch.Tensor], format: str, layout: str, pieces: int
 def unpacked(parts: dict[str, torch.Tensor], format: str, layout: str, n: int, k: int, pieces: int) -> dict[str, torch.Tensor]:
     """The plain parts [n, k] that `packed` packed."""
     return joined([get(format).unpack(p, layout, n // pieces, k) for p in halves(parts, pieces)])
+
+
+def unpacked_words(words: torch.Tensor, bits: int, count: int, order: tuple[int, ...] = ()) -> torch.Tensor:
+    """words int32 [R, W] → codes uint8 [R, count]. Code c of a row lies in word c // (32/bits), from the low bits up; with `order`, bits
+    i hold the word's code number order[i]."""
+    per_word = 32 // bits
+    places = sorted(range(per_word), key=lambda i: order[i]) if order else range(per_word)
+    shifted = torch.stack([(words >> (bits * i) & ((1 << bits) - 1)).to(torch.uint8) for i in places], -1)
+    return shifted.flatten(-2)[:, :count]
 
 
 def _load() -> None:

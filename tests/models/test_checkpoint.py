@@ -157,13 +157,6 @@ def test_a_damaged_expert_is_named(damage: str, tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_quantized_checkpoints_are_refused_by_method(llama: tuple[PreTrainedModel, Path]) -> None:
-    model, folder = llama
-    model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(CheckpointError, match=r"is quantized \(fp8\)"):
-        recipes(Checkpoint.open(folder), model.config, parameters_of(model))
-
-
 def test_folders_without_safetensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no safetensors file"):
         Checkpoint.open(tmp_path)

@@ -1,0 +1,156 @@
+"""Quantized weights through the passes: what is joined, what is kept apart, and that the lowered graph still computes the model."""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from ingot.compiler.pipeline import lower
+from ingot.compiler.quantization import QuantizationError, choose_as, choose_online, quantize_weights, with_activations
+from ingot.compiler.weights import bind, final_recipe
+from ingot.models import oracle
+from ingot.models.checkpoint import Checkpoint
+from ingot.models.frontend import trace
+from ingot.models.quantization import method_of
+from ingot.ops import Graph, Recipe, formats
+from ingot.ops.graph import op_of
+from ingot.ops.target import Target
+
+save_gptq = runpy.run_path(str(Path(__file__).parents[1] / "quantized_checkpoint.py"))["save_gptq"]
+CPU, CUDA = Target("cpu", "x86-64:avx2+fma", ""), Target("cuda", "sm_90", "")
+CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
+                     max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, architectures=["LlamaForCausalLM"])  # fmt: skip
+
+
+def formats_of(graph: Graph) -> list[str]:
+    """Of each product with a weight, in order: its format, or "float"."""
+    found = []
+    for node in graph.fx.nodes:
+        spec = op_of(node)
+        if spec is not None and spec.name == "quantized_linear":
+            found.append(node.args[8])
+        elif spec is not None and "linear" in spec.name:
+            found.append("float")
+    return found
+
+
+def with_values(graph: Graph, tensors: dict[str, torch.Tensor]) -> Graph:
+    """The graph with its weights' values kept in it."""
+    constants = {n: w.recipe.run(tensors, graph.constants) for n, w in graph.weights.items()}
+    return replace(graph, constants=constants, weights={n: replace(w, recipe=Recipe("constant", (n,))) for n, w in graph.weights.items()})
+
+
+LAYER = 4
+"""Products in a layer: QKV, output, gate and up, down."""
+
+
+@pytest.mark.parametrize(("method", "target", "tied"), [
+    ("int4-g32", CPU, False),
+    ("int8", CPU, True),
+    ("int4-g32", CUDA, True),
+    ("fp8", CUDA, False),
+], ids=["int4 cpu", "int8 cpu, tied", "int4 cuda, tied", "fp8 cuda"])  # fmt: skip
+def test_online(method: str, target: Target, tied: bool) -> None:
+    config = LlamaConfig(**CONFIG.to_diff_dict() | {"tie_word_embeddings": tied})
+    model = oracle_model(config)
+    original = {n: p.detach().clone() for n, p in model.state_dict().items()}
+    graph = trace(config, dtype=torch.float32, page_size=oracle.PAGE_SIZE)
+    everywhere = formats.online(method, target)[0]
+    quantized = quantize_weights(graph, choose_online(method, target, ()))
+    names = {source for w in quantized.weights.values() if w.recipe.op == "dequantize" for source in w.recipe.sources}
+    for name, parameter in model.named_parameters():  # the model that the graph means
+        head = name == "lm_head.weight" or (tied and "embed" in name)
+        form = formats.LM_HEAD.get(target.kind) if head else everywhere
+        if name in names and form is not None and not (tied and head):
+            parameter.data = formats.get(form).dequantize(formats.get(form).quantize(parameter.data))
+    plain = replace(quantized, weights={n: replace(w, recipe=without_activation(w.recipe)) for n, w in quantized.weights.items()})
+    lowered, _ = lower(plain, target)
+    assert formats_of(lowered) == [everywhere] * LAYER * 2 + [formats.LM_HEAD.get(target.kind, "float")]
+    if not (tied and target is CPU):  # the head alone is rounded there, which no model of transformers can be
+        assert oracle.compare(with_values(lowered, original), model) < 1e-5
+    embeddings = [w for w in lowered.weights.values() if w.recipe == Recipe("tensor", ("model.embed_tokens.weight",))]
+    assert len(embeddings) == 1
+
+
+def oracle_model(config: LlamaConfig) -> Any:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    oracle.randomize(model)
+    return model
+
+
+def without_activation(recipe: Recipe) -> Recipe:
+    if recipe.op == "dequantize":
+        return replace(recipe, params=(recipe.params[0], "none", *recipe.params[2:]))
+    return replace(recipe, inputs=tuple(map(without_activation, recipe.inputs)))
+
+
+def test_what_is_excluded_stays() -> None:
+    graph = trace(CONFIG, dtype=torch.float32)
+    choose = choose_online("int8", CPU, ("lm_head", r"layers\.0\..*down_proj", "k_proj"))
+    lowered, _ = lower(quantize_weights(graph, choose), CPU)
+    # K is kept apart from Q and V in both layers, the down projection in the first
+    assert sorted(formats_of(lowered)) == sorted(["int8_channel", "float", "int8_channel", "int8_channel"] * 2 + ["float", "int8_channel", "float"])
+    with pytest.raises(QuantizationError, match="not a regular expression"):
+        choose_online("int8", CPU, ("(",))
+
+
+def checkpoint_of(folder: Path, act_order: dict[str, torch.Tensor]) -> Any:
+    """A GPTQ checkpoint of CONFIG whose columns are in the orders given by name endings, and the model that it means."""
+    model = save_gptq(folder, desc_act=True)
+    tensors = load_file(folder / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for name in [n for n in tensors if n.endswith(".g_idx")]:
+        module = name.removesuffix(".g_idx")
+        order = next((o for ending, o in act_order.items() if module.endswith(ending)), None)
+        if order is not None:
+            # column j of the model is column order[j] of what is stored in groups
+            parameters[f"{module}.weight"].data = parameters[f"{module}.weight"].data[:, order]
+            words = tensors[f"{module}.qweight"]
+            codes = torch.stack([words >> 4 * i & 15 for i in range(8)], 1).flatten(0, 1)[order]
+            packed = sum(codes.long()[i::8] << 4 * i for i in range(8))
+            tensors[f"{module}.qweight"] = packed.where(packed < 1 << 31, packed - (1 << 32)).int()
+            tensors[name] = tensors[name][order].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one order", "two orders"])
+def test_act_order(same: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first, second, wide = torch.randperm(64), torch.randperm(64), torch.randperm(96)
+    orders = {"q_proj": first, "k_proj": first, "v_proj": first if same else second, "down_proj": wide}
+    model = checkpoint_of(tmp_path, orders)
+    config = AutoConfig.from_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    graph = trace(config, dtype=torch.float32, page_size=oracle.PAGE_SIZE)
+    graph.weights = bind(graph, checkpoint, config)
+    lowered, _ = lower(graph, CPU)
+    products = LAYER + (0 if same else 1)  # V is kept apart from Q and K
+    assert formats_of(lowered) == ["int4_group32"] * products * 2 + ["float"]
+    assert oracle.compare(with_values(lowered, dict(checkpoint.tensors)), model) < 1e-5
+
+
+def test_activations_are_rounded_where_kernels_want_it(tmp_path: Path) -> None:
+    graph = trace(CONFIG, dtype=torch.float32)
+    choose = choose_as(method_of(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})))
+    quantized = quantize_weights(graph, choose)
+    for target, activation in ((CPU, "int8_group32"), (CUDA, "none")):
+        weights = {n: replace(w, recipe=with_activations(w.recipe, target)) for n, w in quantized.weights.items()}
+        lowered, _ = lower(replace(quantized, weights=weights), target)
+        assert {n.args[10] for n in lowered.fx.nodes if op_of(n) is not None and op_of(n).name == "quantized_linear"} == {activation}
+
+
+def test_dummy_weights_of_a_quantized_model_are_seeds() -> None:
+    config = LlamaConfig(**CONFIG.to_diff_dict() | {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}})
+    graph = trace(config, dtype=torch.bfloat16)
+    graph = quantize_weights(graph, choose_as(method_of(config)))
+    lowered, _ = lower(graph, CUDA)
+    assert formats_of(lowered) == ["fp8_e4m3_channel"] * 4 * 2 + ["float"]
+    packed = {n: w for n, w in lowered.weights.items() if w.recipe.op == "pack"}
+    assert len(packed) == 2 * LAYER * 2
+    assert {final_recipe(n, w, None).op for n, w in packed.items()} == {"seed"}
