@@ -23,7 +23,7 @@ import transformers
 from ingot.ops import Graph
 
 from . import encoder_oracle, tiny
-from .frontend import TraceError, architecture, build, run_model, trace
+from .frontend import TraceError, architecture, build, entry_point, run_model, trace
 
 TOLERANCE = 5e-4
 """Largest error of a logit, relative to the largest logit; everything is float32."""
@@ -46,6 +46,7 @@ class Verdict:
     admitted: bool
     reason: str
     error: float | None = None
+    entry_point: str = "forward"
 
 
 def admit(model: str | transformers.PreTrainedConfig, rewrite: Callable[[Graph], Graph] | None = None) -> Verdict:
@@ -61,11 +62,11 @@ def admit(model: str | transformers.PreTrainedConfig, rewrite: Callable[[Graph],
     try:
         graph = trace(config, dtype=torch.float32, page_size=PAGE_SIZE)
     except TraceError as e:
-        return Verdict(name, config.model_type, False, str(e))
+        return Verdict(name, config.model_type, False, str(e), entry_point=entry_point(config))
     judge, result = (encoder_oracle.compare, "embeddings of packed texts") if graph.entry_point == "embed" else (compare, "served logits")
     error = judge(graph if rewrite is None else rewrite(graph), reference)
     admitted = error < TOLERANCE
-    return Verdict(name, config.model_type, admitted, "" if admitted else f"{result} differ from transformers' by {error:.1e}", error)
+    return Verdict(name, config.model_type, admitted, "" if admitted else f"{result} differ from transformers' by {error:.1e}", error, graph.entry_point)
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -171,7 +172,7 @@ def _int32(values: Iterable[int]) -> torch.Tensor:
 
 def load(entry_point: str = "forward") -> list[Verdict]:
     """The verdicts that shipped with the code: on causal language models (`forward`) or encoders (`embed`)."""
-    return [Verdict(**entry) for entry in json.loads(RECORDS[entry_point].read_text())]
+    return [Verdict(**entry, entry_point=entry_point) for entry in json.loads(RECORDS[entry_point].read_text())]
 
 
 def save(verdicts: Iterable[Verdict], entry_point: str = "forward") -> None:
@@ -179,7 +180,7 @@ def save(verdicts: Iterable[Verdict], entry_point: str = "forward") -> None:
     record = RECORDS[entry_point]
     known = {v.architecture: v for v in load(entry_point)} if record.exists() else {}
     known |= {v.architecture: v for v in verdicts}
-    entries = [{k: x for k, x in asdict(known[a]).items() if k != "error"} for a in sorted(known)]
+    entries = [{k: x for k, x in asdict(known[a]).items() if k not in ("error", "entry_point")} for a in sorted(known)]
     record.write_text(json.dumps(entries, indent=1) + "\n")
 
 
@@ -198,17 +199,18 @@ def run(names: Iterable[str] | None = None) -> list[Verdict]:
 
 
 def _run_one(context: ForkServerContext, name: str, architecture: str, model_type: str, folder: Path) -> Verdict:
+    entry = "embed" if name in tiny.encoder_architectures() else "forward"
     process = context.Process(target=_child, args=(name, str(folder)))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
         process.kill()
         process.join()
-        return Verdict(architecture, model_type, False, f"no verdict after {TIMEOUT} seconds")
+        return Verdict(architecture, model_type, False, f"no verdict after {TIMEOUT} seconds", entry_point=entry)
     if process.exitcode == 0:
         return Verdict(**json.loads((folder / "verdict.json").read_text()))
     reason = _last_error((folder / "stderr.txt").read_text()) or f"the process ended with status {process.exitcode}"
-    return Verdict(architecture, model_type, False, reason)
+    return Verdict(architecture, model_type, False, reason, entry_point=entry)
 
 
 def _child(name: str, folder: str) -> None:

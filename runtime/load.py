@@ -13,10 +13,18 @@ from ingot.artifacts.gate_record import refuse_failed
 from ingot.artifacts.settings import settings
 from ingot.ops.target import check_runs_here
 
+from .embedder import Embedder
 from .engine import Engine, EngineOptions
 from .executor import Executor, Progress
 from .memory import plan_memory
 from .tokenizer import Tokenizer
+
+
+def load_served(path: Path | str, options: EngineOptions, progress: Progress = lambda stage, done: None) -> Engine | Embedder:
+    """What serves the artifact at `path`: an engine, or an encoder's embedder. Raises what either does."""
+    if Artifact.open(path).manifest.entry_point == "embed":
+        return Embedder(path, max_model_len=options.max_model_len, num_threads=options.num_threads, progress=progress)
+    return load_engine(path, options, progress)
 
 
 def load_engine(path: Path | str, options: EngineOptions, progress: Progress = lambda stage, done: None) -> Engine:

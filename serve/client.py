@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
+import numpy as np
+
 from ingot.runtime.request import Delta, Request, RequestError, SamplingParams
 
 from .errors import EngineLost
-from .messages import Abort, Add, Command, Failed, Loading, Ready, Rejected, Step, decode_event, frame, take_frames
+from .messages import Abort, Add, Command, Embed, Embedded, Failed, Loading, Ready, Rejected, Step, decode_event, frame, take_frames
 from .metrics import Metrics, Timer
 
 
@@ -85,6 +88,7 @@ class EngineClient(asyncio.Protocol):
         self._buffer = bytearray()
         self._numbers = itertools.count()
         self._running: dict[str, _Running] = {}
+        self._embeddings: dict[str, asyncio.Future[bytes]] = {}
         self._failure = "the engine's process ended unexpectedly; its last words are on stderr"
 
     @classmethod
@@ -95,11 +99,27 @@ class EngineClient(asyncio.Protocol):
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._embeddings)
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int = 0) -> Generation:
         """Ask for answers; the requests begin when the Generation is entered."""
         return Generation(self, prompts, params, priority)
+
+    async def embed(self, texts: list[list[int]], pooling: int) -> np.ndarray:
+        """Embeddings, not normalized, float32 [n, D] of checked texts. EngineLost; a call that is cancelled is taken back."""
+        if self.lost.done():
+            raise self.lost.result()
+        request_id, begin = str(next(self._numbers)), time.perf_counter()
+        answer = self._embeddings[request_id] = asyncio.get_running_loop().create_future()
+        self._send(Embed(request_id, texts, pooling))
+        try:
+            vectors = np.frombuffer(await answer, np.float32).reshape(len(texts), -1)
+        finally:
+            del self._embeddings[request_id]
+            if not answer.done() or answer.cancelled():
+                self._send(Abort([request_id]))
+        self._metrics.embedded(texts, time.perf_counter() - begin)
+        return vectors
 
     def close(self) -> None:
         """Let go of the engine, which ends its process."""
@@ -137,6 +157,10 @@ class EngineClient(asyncio.Protocol):
                     self._metrics.stats = stats
                     for delta in deltas:
                         self._deliver(delta)
+                case Embedded(request_id=request_id, vectors=vectors):
+                    answer = self._embeddings.get(request_id)
+                    if answer is not None and not answer.done():  # or else it was taken back
+                        answer.set_result(vectors)
                 case Rejected(request_id=request_id, message=message, field=field):
                     self._end(request_id, RequestError(message, field))
                 case Loading() as loading:
@@ -173,3 +197,6 @@ class EngineClient(asyncio.Protocol):
             self.ready.set_exception(error)
         for request_id in list(self._running):
             self._end(request_id, error)
+        for answer in self._embeddings.values():
+            if not answer.done():
+                answer.set_exception(error)

@@ -8,45 +8,14 @@ import signal
 import socket
 
 from ingot.ops.errors import IngotError
+from ingot.runtime.embedder import Embedder
 from ingot.runtime.engine import Engine, EngineOptions
 from ingot.runtime.request import RequestError
 
-from .messages import Abort, Add, Command, Event, Failed, Loading, Ready, Rejected, Step, decode_command, frame, take_frames
+from .connection import Connection, ServerGone
+from .embedding_loop import serve_embeddings
+from .messages import Abort, Add, Failed, Loading, Ready, Rejected, Step
 from .process import Stages, age
-
-
-class ServerGone(Exception):
-    """The server closed its end."""
-
-
-class Connection:
-    """The engine's end of the socket: sends block, so that a slow server slows the engine down and nothing piles up."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._buffer = bytearray()
-
-    def send(self, event: Event) -> None:
-        try:
-            self._socket.sendall(frame(event))
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise ServerGone from error
-
-    def receive(self, *, wait: bool) -> list[Command]:
-        """The commands that have arrived; with `wait`, at least a part of one is waited for."""
-        flags = 0 if wait else socket.MSG_DONTWAIT
-        while True:
-            try:
-                data = self._socket.recv(1 << 20, flags)
-            except BlockingIOError:
-                break
-            except ConnectionResetError as error:
-                raise ServerGone from error
-            if not data:
-                raise ServerGone
-            self._buffer += data
-            flags = socket.MSG_DONTWAIT
-        return [decode_command(body) for body in take_frames(self._buffer)]
 
 
 def serve(engine: Engine, connection: Connection) -> None:
@@ -79,8 +48,8 @@ def run(fd: int, config_json: str, stages: Stages) -> int:
         options = EngineOptions(**config["options"])
         engine = load(config["artifact"], options, progress=stages.watching(lambda stage, fraction: connection.send(Loading(stage, fraction))))
         stages.enter("ready")
-        connection.send(Ready(age(), stages.seconds, engine.max_model_len, engine.info.vocab_size))
-        serve(engine, connection)
+        connection.send(Ready(age(), stages.seconds, engine.max_model_len, engine.vocab_size))
+        (serve_embeddings if isinstance(engine, Embedder) else serve)(engine, connection)
     except IngotError as error:
         connection.send(Failed(str(error)))
         return 1

@@ -24,7 +24,7 @@ class EngineConfig:
 
     artifact: str
     options: dict[str, Any] = field(default_factory=dict)
-    factory: str = "ingot.runtime.load:load_engine"
+    factory: str = "ingot.runtime.load:load_served"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,21 @@ class Abort(msgspec.Struct, tag=True):
     request_ids: list[str]
 
 
+class Embed(msgspec.Struct, tag=True):
+    """Make the embeddings of checked texts. `pooling` is an index into `artifacts.manifest.POOLINGS`."""
+
+    request_id: str
+    token_ids: list[list[int]]
+    pooling: int
+
+
+class Embedded(msgspec.Struct, tag=True):
+    """The embeddings of a request's texts, not normalized: float32 [texts, dimensions], little-endian."""
+
+    request_id: str
+    vectors: bytes
+
+
 class Loading(msgspec.Struct, tag=True):
     """Progress before `Ready`."""
 
@@ -59,8 +74,8 @@ class Step(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-Command = Add | Abort
-Event = Loading | Ready | Failed | Rejected | Step
+Command = Add | Abort | Embed
+Event = Loading | Ready | Failed | Rejected | Step | Embedded
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

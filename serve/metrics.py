@@ -22,6 +22,7 @@ class Metrics:
         self.requests = Counter("ingot_requests", "Requests to the engine by how they ended", ["finish_reason"], **registry)
         self.prompt_tokens = Counter("ingot_prompt_tokens", "Prompt tokens of the requests begun", **registry)
         self.generation_tokens = Counter("ingot_generation_tokens", "Tokens generated", **registry)
+        self.embedded_texts = Counter("ingot_embedded_texts", "Texts embedded", **registry)
         self.prompt_length = Histogram("ingot_request_prompt_tokens", "Prompt tokens a request", buckets=_TOKENS, **registry)
         self.generation_length = Histogram("ingot_request_generation_tokens", "Tokens generated a request", buckets=_TOKENS, **registry)
         self.first_token = Histogram("ingot_time_to_first_token_seconds", "From a request's begin to its first token", buckets=_SECONDS, **registry)
@@ -41,6 +42,15 @@ class Metrics:
         self.prompt_tokens.inc(num_prompt_tokens)
         self.prompt_length.observe(num_prompt_tokens)
         return [Timer(self) for _ in range(n)]
+
+    def embedded(self, texts: list[list[int]], seconds: float) -> None:
+        """A request for embeddings was answered."""
+        self.requests.labels("embedded").inc()
+        self.embedded_texts.inc(len(texts))
+        self.end_to_end.observe(seconds)
+        for text in texts:
+            self.prompt_tokens.inc(len(text))
+            self.prompt_length.observe(len(text))
 
     def text(self) -> bytes:
         """Prometheus' text format."""

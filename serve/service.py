@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ingot.artifacts.artifact import Artifact
-from ingot.artifacts.manifest import ModelInfo
+from ingot.artifacts.manifest import Embedding, ModelInfo
 from ingot.runtime.request import SamplingParams
 from ingot.runtime.tokenizer import Tokenizer
 
@@ -31,6 +31,7 @@ class Service:
     model: ModelInfo
     tokenizer: Tokenizer | None
     api_key: str | None
+    embedding: Embedding | None = None  # how an encoder's embeddings are made; None for a model that generates
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -40,7 +41,7 @@ class Service:
         opened = Artifact.open(artifact)
         folder = opened.root / "tokenizer"
         tokenizer = Tokenizer(folder) if "tokenizer/tokenizer.json" in opened.manifest.files else None
-        return cls(client, metrics, opened.manifest.model, tokenizer, api_key)
+        return cls(client, metrics, opened.manifest.model, tokenizer, api_key, opened.manifest.embedding)
 
     @property
     def state(self) -> str:
@@ -63,13 +64,24 @@ class Service:
         if name is not None and name != self.model.name:
             raise ApiError(404, f"the model {name!r} is not served here; {self.model.name!r} is", param="model", code="model_not_found")
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. ApiError 400 without a tokenizer."""
+    def check_generates(self) -> None:
+        """ApiError 400 when what is served is an encoder."""
+        if self.embedding is not None:
+            raise ApiError(400, f"{self.model.name} is an encoder and generates nothing; ask /v1/embeddings", code="unsupported_endpoint")
+
+    def check_embeds(self) -> Embedding:
+        """How embeddings are made. ApiError 400 when what is served is no encoder."""
+        if self.embedding is None:
+            raise ApiError(400, f"{self.model.name} generates text and makes no embeddings; ask /v1/completions", code="unsupported_endpoint")
+        return self.embedding
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
+        """Token ids of `text`, the first `max_length` at most. ApiError 400 without a tokenizer."""
         if self.tokenizer is None:
-            raise ApiError(400, "the artifact has no tokenizer: give the prompt as token ids to /v1/completions", param="prompt", code="no_tokenizer")
+            raise ApiError(400, "the artifact has no tokenizer: give token ids", param="prompt", code="no_tokenizer")
         if len(text) < _LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+            return self.tokenizer.encode(text, add_special_tokens, max_length)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, max_length)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a prompt; "" without a tokenizer."""

@@ -27,7 +27,7 @@ class Mask:
     def _computed_with(self, *args: Any) -> Any:
         raise TraceError("the model computes with its attention mask outside transformers' attention interface; it needs an adapter")
 
-    __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = _computed_with
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _computed_with
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

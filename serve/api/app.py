@@ -13,7 +13,7 @@ from ingot.ops.errors import IngotError
 
 from ..protocol.errors import ApiError
 from ..service import Service
-from . import chat, completions, health, models
+from . import chat, completions, embeddings, health, models
 from .exchange import as_api_error
 
 
@@ -22,7 +22,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="Ingot", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.include_router(health.router)
-    for module in (models, completions, chat):
+    for module in (models, completions, chat, embeddings):
         app.include_router(module.router, dependencies=[Depends(_authorize)])
     for kind in (ApiError, IngotError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _on_error)

@@ -26,6 +26,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     service.engine()
+    service.check_generates()
     body = await read(request, ChatRequest)
     service.check_model(body.model)
     job = _Job(service, body, await _prompt(service, body))

@@ -28,6 +28,7 @@ async def completions(request: Request) -> Response:
     """Continue one or several prompts."""
     service: Service = request.app.state.service
     service.engine()
+    service.check_generates()
     body = await read(request, CompletionRequest)
     service.check_model(body.model)
     job = _Job(service, body, await _prompts(service, body))

@@ -17,13 +17,13 @@ from ingot.ops.errors import IngotError
 from ingot.runtime.request import Delta, RequestError
 
 from ..errors import EngineLost
+from ..protocol.body import RequestBody
 from ..protocol.errors import ApiError, from_validation
-from ..protocol.sampling import SamplingRequest
 
 MAX_BODY_BYTES = 64 << 20
 _PARAMS = {"beam_width": "use_beam_search"}
 """Fields of a request that have another name than in `SamplingParams`."""
-Body = TypeVar("Body", bound=SamplingRequest)
+Body = TypeVar("Body", bound=RequestBody)
 T = TypeVar("T")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -19,12 +18,16 @@ def models_command(
         raise typer.BadParameter("names go with --run", param_hint="NAMES")
     from ingot.models import oracle
 
-    verdicts = oracle.run(names or None) if run else oracle.load()
+    verdicts = oracle.run(names or None) if run else [*oracle.load("forward"), *oracle.load("embed")]
     if as_json:
-        fields = ("architecture", "model_type", "admitted", "reason")
-        print(json.dumps([{f: asdict(v)[f] for f in fields} for v in verdicts]))
+        fields = ("architecture", "model_type", "entry_point", "admitted", "reason")
+        print(json.dumps([{f: getattr(v, f) for f in fields} for v in verdicts]))
         return
     width = max((len(v.architecture) for v in verdicts), default=0)
-    for verdict in sorted(verdicts, key=lambda v: (not v.admitted, v.architecture)):
-        print(f"{verdict.architecture:{width}}  {'admitted' if verdict.admitted else 'refused: ' + ' '.join(verdict.reason.split())}")
-    print(f"{sum(v.admitted for v in verdicts)} of {len(verdicts)} admitted")
+    for verdict in sorted(verdicts, key=lambda v: (v.entry_point == "embed", not v.admitted, v.architecture)):
+        outcome = "admitted" if verdict.admitted else "refused: " + " ".join(verdict.reason.split())
+        print(f"{verdict.architecture:{width}}  {verdict.entry_point:7}  {outcome}")
+    for entry_point, kind in (("forward", "causal language models"), ("embed", "encoders")):
+        of_kind = [v for v in verdicts if v.entry_point == entry_point]
+        if of_kind:
+            print(f"{sum(v.admitted for v in of_kind)} of {len(of_kind)} {kind} admitted")

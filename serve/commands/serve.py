@@ -19,7 +19,7 @@ def serve_command(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence, prompt and answer.", show_default=False)] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(min=0.05, max=1.0, help="Share of the GPU's memory to use.", show_default=False)] = None,
 ) -> None:
-    """Serve a model over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+    """Serve a model over HTTP: /v1/completions, /v1/chat/completions (an encoder: /v1/embeddings), /v1/models, /health, /metrics."""
     from ..launch import EngineConfig, ServerConfig, run
     from ..resolve import resolve
 

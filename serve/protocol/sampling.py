@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ingot.runtime.request import SamplingParams
 
+from .body import RequestBody
 from .errors import ApiError
 
 Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -43,7 +44,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SamplingRequest(BaseModel):
+class SamplingRequest(RequestBody):
     """Fields of a request that say how to sample and how to answer.
 
     Types are strict (a number in quotes is an error) and numbers finite; `SamplingParams` checks their ranges. A field that
@@ -51,7 +52,7 @@ class SamplingRequest(BaseModel):
     lists these with the values that ask for nothing.
     """
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    model_config = ConfigDict(extra="allow")
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "response_format": (None, {"type": "text"}),
         "structured_outputs": (None,),

@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 
 from ingot.artifacts.artifact import ArtifactWriter
-from ingot.artifacts.manifest import Group, ModelInfo, Options
+from ingot.artifacts.manifest import Embedding, Group, ModelInfo, Options
 from ingot.ops.target import host
 from ingot.serve.launch import EngineConfig, ServerConfig
 
@@ -47,7 +47,7 @@ def _tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def _write(folder: Path, *, tokenizer: bool) -> Path:
+def _write(folder: Path, *, tokenizer: bool, embedding: Embedding | None = None) -> Path:
     writer = ArtifactWriter(folder)
     if tokenizer:
         writer.add_file("tokenizer/tokenizer.json", _tokenizer())
@@ -56,11 +56,13 @@ def _write(folder: Path, *, tokenizer: bool) -> Path:
         key="fa" * 32,
         key_inputs={"model": "none"},
         target=host(),
-        model=ModelInfo("fake", "FakeForCausalLM", "fake", 263, 300, (256,), "float32", 12_345_678),
+        model=ModelInfo("fake", "FakeForCausalLM", "fake", 263, 300 if embedding is None else 250, (256,), "float32", 12_345_678),
         options=Options("float32", "none", "auto", 64, 256, False, False),
         groups=(Group("full", "page", 4, 4096),),
         states=(),
         report={"nodes": [["traced", 17], ["fuse", 9]], "seconds": {"total": 1.5}},
+        entry_point="forward" if embedding is None else "embed",
+        embedding=embedding,
     )
     return folder
 
@@ -74,6 +76,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def artifact_without_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write(tmp_path_factory.mktemp("bare"), tokenizer=False)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of an encoder, for the fake embedder."""
+    return _write(tmp_path_factory.mktemp("encoder"), tokenizer=True, embedding=Embedding(8, "mean", True, 1))
 
 
 class Server:

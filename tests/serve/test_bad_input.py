@@ -154,7 +154,7 @@ def test_harmless_fields_are_accepted(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/embeddings", 404), ("GET", "/v1/models/x", 404)]
+    ("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/audio/speech", 404), ("GET", "/v1/models/x", 404)]
 )
 def test_wrong_routes_are_told_in_openais_shape(http: httpx.Client, method: str, path: str, status: int) -> None:
     answer = http.request(method, path)
