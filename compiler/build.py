@@ -301,11 +301,13 @@ def _dtype(name: str, config: Any, target: Target) -> torch.dtype:
 
 
 def _check_admitted(config: Any) -> None:
-    entry = entry_point(config)
-    name = architecture(config) if entry == "embed" else (config.architectures or ["?"])[0]
-    for verdict in oracle.load(entry):
-        if verdict.architecture == name and not verdict.admitted:
-            raise CompileError(f"{name} is not supported: {verdict.reason} (see `ingot models`)")
+    """TraceError for a class that transformers does not have; CompileError for one that the oracle refused, or has not seen."""
+    name = architecture(config)
+    verdict = next((v for v in oracle.load(entry_point(config)) if v.architecture == name), None)
+    if verdict is None:
+        raise CompileError(f"{name} has not been tried: `ingot models --run {name} --save` does that, and makes it known to this checkout")
+    if not verdict.admitted:
+        raise CompileError(f"{name} is not supported: {verdict.reason} (see `ingot models`)")
 
 
 def _max_model_len(config: Any) -> int:

@@ -9,6 +9,7 @@ from ingot.ops import Graph
 from ingot.ops.target import Target
 
 from .passes.clean_views import clean_views
+from .passes.fold_weight_views import fold_weight_views
 from .passes.fuse_add_norm import fuse_add_norm
 from .passes.fuse_attention import fuse_attention
 from .passes.fuse_glu import fuse_glu
@@ -23,6 +24,7 @@ Pass = Callable[[Graph, Target], Graph]
 
 PIPELINE: tuple[Pass, ...] = (
     clean_views,  # first, so that patterns need not look through views
+    fold_weight_views,  # weights are what they will be before anything merges them
     fuse_glu,  # before siblings merge: gate and up must lie in this order
     merge_siblings,
     fuse_rope_kv,  # needs the merged QKV

@@ -27,11 +27,12 @@ _IDENTITIES = frozenset(
 CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default, _aten.type_as.default})
 _IDENTITIES_IF_ALIKE = CASTS | {_aten.expand.default, _aten.slice.Tensor}
 _RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default})
+_RANGES = frozenset({_aten.arange.default, _aten.arange.start, _aten.arange.start_step})
 _UNFILLED = frozenset({_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default})
 
 
 def canonicalize(graph: Graph) -> Graph:
-    """`graph` (changed in place) without nodes that compute nothing, and with `ingot.linear` and `ingot.embedding`."""
+    """`graph` (changed in place) without nodes that compute nothing, with `ingot.linear` and `ingot.embedding`, and with `positions` for ranges."""
     for node in list(graph.fx.nodes):
         if node.op != "call_function":
             continue
@@ -49,6 +50,9 @@ def canonicalize(graph: Graph) -> Graph:
             _replace(graph, node, node.args[1])
         elif node.target is _aten.slice_scatter.default:
             _tile(graph, node)
+        elif node.target in _RANGES and _over_tokens(graph, node):
+            with graph.fx.inserting_before(node):
+                _replace(graph, node, graph.call(_aten.to.dtype, graph.placeholders["positions"], node.meta["val"].dtype))
         elif node.target is _aten.linear.default:
             node.target, node.args = _ingot.linear.default, (*node.args, None)[:3]
         elif node.target is _aten.embedding.default:
@@ -56,6 +60,12 @@ def canonicalize(graph: Graph) -> Graph:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "pin_memory"}
     graph.fx.eliminate_dead_code()
     return graph
+
+
+def _over_tokens(graph: Graph, node: Any) -> bool:
+    """Whether a range counts the tokens of the step from 0: a model without `position_ids` calls that their positions."""
+    begin = node.args[0] if len(node.args) > 1 else 0
+    return begin == 0 and str(node.meta["val"].shape[0]) == str(graph.placeholders["positions"].meta["val"].shape[0])
 
 
 def sizes(shape: Any, given: Any) -> list[Any]:

@@ -29,6 +29,8 @@ from .swaps import Patch, Swap, patched
 from .swaps.attention import Attention
 from .swaps.context import Context, TraceError, tracing
 from .swaps.experts import Experts
+from .swaps.families import Families
+from .swaps.latent import Latent
 from .swaps.linear import Linear
 from .swaps.masks import Masks
 from .swaps.norm import Norm
@@ -121,7 +123,8 @@ def _swaps(model: transformers.PreTrainedModel, context: Context, buffers: dict[
         of_module.setdefault(model.get_submodule(parent), {})[own] = value
     rope = Rope(model, context)
     tables = RotaryEmbedding(model, context, of_module, rope)
-    return [Linear(), Masks(model, context), Attention(model, context), Experts(model, context), StateSpace(model, context), Norm(model, context), rope, tables]
+    attention = [Masks(model, context), Attention(model, context), Latent(model, context), Families(model, context)]
+    return [Linear(), *attention, Experts(model, context), StateSpace(model, context), Norm(model, context), rope, tables]
 
 
 def _run_shapes(run: Run, model: torch.nn.Module, step: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ingot.ops import Graph
 
 from . import encoder_oracle, tiny
 from .frontend import TraceError, architecture, build, entry_point, run_model, trace
+from .refusals import REASONS
 
 TOLERANCE = 5e-4
 """Largest error of a logit, relative to the largest logit; everything is float32."""
@@ -31,6 +32,7 @@ PAGE_SIZE = 4
 TIMEOUT = 180  # seconds for one architecture in `run`
 RECORDS = {"forward": Path(__file__).with_name("admitted.json"), "embed": Path(__file__).with_name("admitted_encoders.json")}
 """Verdicts that ship with the code, by entry point."""
+PAGE = Path(__file__).with_name("ARCHITECTURES.md")
 
 _STEPS = ((9, 6), (5, 1), (0, 1), (1, 3), (1, 0), (1, 1))
 """New tokens of each of the two sequences, step by step: chunks that straddle pages, single tokens, a sequence alone."""
@@ -175,13 +177,39 @@ def load(entry_point: str = "forward") -> list[Verdict]:
     return [Verdict(**entry, entry_point=entry_point) for entry in json.loads(RECORDS[entry_point].read_text())]
 
 
-def save(verdicts: Iterable[Verdict], entry_point: str = "forward") -> None:
-    """Merge verdicts into the record, sorted by architecture."""
-    record = RECORDS[entry_point]
-    known = {v.architecture: v for v in load(entry_point)} if record.exists() else {}
-    known |= {v.architecture: v for v in verdicts}
-    entries = [{k: x for k, x in asdict(known[a]).items() if k not in ("error", "entry_point")} for a in sorted(known)]
-    record.write_text(json.dumps(entries, indent=1) + "\n")
+def save(verdicts: Iterable[Verdict]) -> None:
+    """Merge verdicts into the records, sorted by architecture, and write the page that shows them."""
+    verdicts = list(verdicts)
+    for entry_point, record in RECORDS.items():
+        known = {v.architecture: v for v in load(entry_point)}
+        known |= {v.architecture: v for v in verdicts if v.entry_point == entry_point}
+        entries = [{k: x for k, x in asdict(known[a]).items() if k not in ("error", "entry_point")} for a in sorted(known)]
+        record.write_text(json.dumps(entries, indent=1) + "\n")
+    PAGE.write_text(page(load(), load("embed")))
+
+
+def page(decoders: list[Verdict], encoders: list[Verdict]) -> str:
+    """The table of every architecture, in Markdown."""
+    admitted = [v for v in decoders if v.admitted]
+    lines = [
+        "# Architectures",
+        "",
+        f"{len(admitted)} of the {len(decoders)} causal-language-model classes of transformers {transformers.__version__} are admitted: their graph, run "
+        "packed, ragged and in chunks on paged caches, equals the original on each sequence alone. `ingot models --run --save` measures again and writes this "
+        "page.",
+        *_table("admitted", admitted),
+        *_table("refused", [v for v in decoders if not v.admitted]),
+        "",
+        f"{sum(v.admitted for v in encoders)} of the {len(encoders)} encoders serve embeddings of packed texts, compared in the same way:",
+        *_table("encoder", [v for v in encoders if v.admitted]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, verdicts: list[Verdict]) -> list[str]:
+    reasons = any(v.reason for v in verdicts)
+    rows = [f"| {v.architecture} | `{v.model_type}` |" + f" {' '.join(v.reason.split()).replace('|', chr(92) + '|')} |" * reasons for v in verdicts]
+    return ["", f"| {title} | model type |" + " why not |" * reasons, "|---|---|" + "---|" * reasons, *rows]
 
 
 def run(names: Iterable[str] | None = None) -> list[Verdict]:
@@ -199,6 +227,11 @@ def run(names: Iterable[str] | None = None) -> list[Verdict]:
 
 
 def _run_one(context: ForkServerContext, name: str, architecture: str, model_type: str, folder: Path) -> Verdict:
+    verdict = _verdict(context, name, architecture, model_type, folder)
+    return verdict if verdict.admitted else replace(verdict, reason=REASONS.get(architecture, verdict.reason))
+
+
+def _verdict(context: ForkServerContext, name: str, architecture: str, model_type: str, folder: Path) -> Verdict:
     entry = "embed" if name in tiny.encoder_architectures() else "forward"
     process = context.Process(target=_child, args=(name, str(folder)))
     process.start()

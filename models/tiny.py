@@ -24,12 +24,12 @@ _NAMES_OF_SIZE: dict[int, str] = {
     "num_selected_experts num_key_value_heads num_kv_heads top_k_experts swa_num_key_value_heads n_group num_expert_group moe_num_group num_activated_experts "
     "experts_per_token linear_num_key_heads n_mamba_heads mamba_n_groups n_groups mamba_expand expand depth eos_token_id",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads swa_num_attention_heads "
-    "linear_num_value_heads num_attn_heads index_n_heads attn_heads lightning_num_heads cross_num_attention_heads time_step_rank mamba_dt_rank conv_kernel",
+    "linear_num_value_heads num_attn_heads attn_heads lightning_num_heads cross_num_attention_heads time_step_rank mamba_dt_rank conv_kernel",
     8: "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts qk_rope_head_dim sliding_window attention_window local_attention "
     "attention_chunk_size swa_window window_size sliding_window_size index_topk linear_num_heads state_size ssm_state_size mamba_d_state mamba_n_heads "
     "mamba_num_heads mamba_chunk_size chunk_size patch_size",
     16: "head_dim kv_channels attention_head_dim qk_nope_head_dim v_head_dim qk_head_dim kv_lora_rank linear_key_head_dim linear_value_head_dim swa_head_dim "
-    "swa_v_head_dim linear_head_dim d_kv lightning_head_dim index_head_dim hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_headdim",
+    "swa_v_head_dim linear_head_dim d_kv lightning_head_dim index_head_dim index_n_heads hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_headdim",
     24: "q_lora_rank o_lora_rank",
     32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size moe_shared_expert_intermediate_size "
     "expert_intermediate_size moe_ffn_hidden_size expert_hidden_size expert_ffn_size shared_expert_ffn_hidden_size moe_latent_size image_size",
@@ -54,6 +54,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_groups": 1},
+    "big_bird": {"attention_type": "original_full"},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}},
     "dbrx": {

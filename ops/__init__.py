@@ -10,14 +10,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import attention, embedding, glu, linear, moe, norm, pooling, quantized, rotary, sampling, state_space
+    from . import attention, embedding, glu, latent_attention, linear, linear_attention, moe, norm, pooling, quantized, rotary, sampling, state_space
     from .dialect import OPS, Op
     from .graph import Graph, GraphError, InputSpec, Recipe, StateSpec, Weight
 
 __all__ = ["OPS", "Graph", "GraphError", "InputSpec", "Op", "Recipe", "StateSpec", "Weight",
-           "attention", "embedding", "glu", "linear", "moe", "norm", "pooling", "quantized", "rotary", "sampling", "state_space"]  # fmt: skip
+           "attention", "embedding", "glu", "latent_attention", "linear", "linear_attention", "moe", "norm", "pooling",
+           "quantized", "rotary", "sampling", "state_space"]  # fmt: skip
 
-_FAMILIES = ("attention", "embedding", "glu", "linear", "moe", "norm", "pooling", "quantized", "rotary", "sampling", "state_space")
+_FAMILIES = (
+    "attention",
+    "embedding",
+    "glu",
+    "latent_attention",
+    "linear",
+    "linear_attention",
+    "moe",
+    "norm",
+    "pooling",
+    "quantized",
+    "rotary",
+    "sampling",
+    "state_space",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .dialect import op
 
 
-def _segments(cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, state_slots: torch.Tensor) -> Iterator[tuple[int, int, int, bool]]:
+def segments(cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, state_slots: torch.Tensor) -> Iterator[tuple[int, int, int, bool]]:
     """(begin, end, slot, fresh) of every sequence that has new tokens."""
     starts = cu_seqlens_q.tolist()
     for s, (length, slot) in enumerate(zip(seq_lens.tolist(), state_slots.tolist(), strict=True)):
@@ -31,7 +31,7 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
                   seq_lens: torch.Tensor, state_slots: torch.Tensor, act: str) -> torch.Tensor:  # fmt: skip
     """Depthwise causal convolution of x [T, C] with weight [C, W], then `act` ("" or "silu") → [T, C]; conv_state [slots, C, W−1]."""
     out = torch.zeros_like(x)
-    for begin, end, slot, fresh in _segments(cu_seqlens_q, seq_lens, state_slots):
+    for begin, end, slot, fresh in segments(cu_seqlens_q, seq_lens, state_slots):
         past = torch.zeros_like(conv_state[slot]) if fresh else conv_state[slot]
         h = torch.cat([past.to(x.dtype), x[begin:end].t()], -1)
         conv_state[slot] = h[:, h.shape[1] - past.shape[1] :].to(conv_state.dtype)
@@ -57,7 +57,7 @@ def ssd_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     repeat = x.shape[1] // B.shape[1]
     b, c = B.float().repeat_interleave(repeat, 1), C.float().repeat_interleave(repeat, 1)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for begin, end, slot, fresh in _segments(cu_seqlens_q, seq_lens, state_slots):
+    for begin, end, slot, fresh in segments(cu_seqlens_q, seq_lens, state_slots):
         h = torch.zeros_like(ssm_state[slot], dtype=torch.float32) if fresh else ssm_state[slot].float()
         for t in range(begin, end):
             h = decay[t, :, None, None] * h + (step[t, :, None] * x[t].float())[..., None] * b[t, :, None]
@@ -76,7 +76,7 @@ def selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.
     step = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     step = F.softplus(step) if softplus else step
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for begin, end, slot, fresh in _segments(cu_seqlens_q, seq_lens, state_slots):
+    for begin, end, slot, fresh in segments(cu_seqlens_q, seq_lens, state_slots):
         h = torch.zeros_like(ssm_state[slot], dtype=torch.float32) if fresh else ssm_state[slot].float()
         for t in range(begin, end):
             h = torch.exp(step[t, :, None] * A.float()) * h + (step[t] * x[t].float())[:, None] * B[t].float()

@@ -1,4 +1,4 @@
-"""Compose chains of views, cancel the ones that undo each other, and drop those that change nothing.
+"""Compose chains of views, cancel the ones that undo each other (a slice of a cat too), and drop those that change nothing.
 
 Tracing leaves pairs (heads first and back, a dim added and removed) between ops that agree on a layout. Whatever moves no
 element is a reshape; whatever only orders dims is a permute; chains of either become one or none.
@@ -14,7 +14,7 @@ from torch import fx
 from ingot.ops import Graph
 from ingot.ops.target import Target
 
-from .match import calls, drop_unused, replace, same_shape
+from .match import argument, calls, drop_unused, replace, same_shape
 from .sink_permutes import PERMUTES, order_of, sink_permutes
 
 _aten = torch.ops.aten
@@ -40,6 +40,25 @@ def _fold_reshapes(graph: Graph) -> None:
             _reshape(graph, node)
         elif calls(node, *_DROP_IF_ALIKE) and same_shape(node, node.args[0]):
             replace(graph, node, node.args[0])
+        elif calls(node, _aten.slice.Tensor) and calls(node.args[0], _aten.cat.default):
+            _slice_of_cat(graph, node)
+
+
+def _slice_of_cat(graph: Graph, node: Any) -> None:
+    """A slice that is one part of a cat is that part."""
+    parts, rank = node.args[0].args[0], node.meta["val"].dim()
+    dim = argument(node, "dim") % rank
+    if argument(node.args[0], "dim") % rank != dim or argument(node, "step") != 1:
+        return
+    begin, offset = argument(node, "start") or 0, 0
+    for part in parts:
+        width = part.meta["val"].shape[dim]
+        if not isinstance(width, int):
+            return
+        if offset == begin and same_shape(part, node):
+            replace(graph, node, part)
+            return
+        offset += width
 
 
 def _reshape(graph: Graph, node: Any) -> None:

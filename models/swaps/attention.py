@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 
 from . import Patch, Swap
 from .context import Context, TraceError, current
+from .latent import latent_attention
 from .masks import Mask
 
 # Arguments that say nothing about what attention computes: bookkeeping of training, of outputs, or of the cache.
@@ -21,7 +22,8 @@ _IGNORED = frozenset(
 
 def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float | None = None,
           sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
-          is_causal: bool | None = None, **others: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+          is_causal: bool | None = None, alibi_slopes: torch.Tensor | None = None, indices: torch.Tensor | None = None,
+          **others: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [1, H, T, E], key [1, K, T, E], value [1, K, T, F] → [1, T, H, F]. TraceError for an argument that would be dropped."""
     where = type(module).__name__
     for name, given in others.items():
@@ -32,6 +34,13 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
         raise TraceError(f"{where}: attention is given sliding_window={sliding_window}, its mask has {mask.window}")
     if query.shape[0] != 1:
         raise TraceError(f"{where}: attention over a batch of {query.shape[0]}; a packed step is a batch of one")
+    scale, sinks = float(scaling if scaling is not None else query.shape[-1] ** -0.5), s_aux if s_aux is not None else sinks
+    if hasattr(module, "expand_kv"):
+        if softcap or alibi_slopes is not None:
+            raise TraceError(f"{where}: latent attention with a softcap or biases, which ingot.mla_attention does not know")
+        return latent_attention(module, query, key, value, mask, scale, indices, sinks), None
+    if indices is not None:
+        raise TraceError(f"{where}: attention is given indices of keys, which paged attention does not know")
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     context = current()
     scale = float(scaling) if scaling is not None else q.shape[-1] ** -0.5
@@ -52,7 +61,7 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
     step.update(zip(caches, states, strict=False))  # without scales, two come back empty
     k_cache, v_cache, *scales = (step[c] for c in caches)
     out = torch.ops.ingot.paged_attention(
-        q, k_cache, v_cache, step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], s_aux if s_aux is not None else sinks, None,
+        q, k_cache, v_cache, step["cu_seqlens_q"], step["seq_lens"], step[f"page_table_{group}"], sinks, alibi_slopes,
         scale, mask.window, mask.chunk, float(softcap or 0.0), *scales)  # fmt: skip
     return out.unsqueeze(0), None
 

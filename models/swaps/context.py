@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -78,6 +78,24 @@ class Context:
         if dtype in LARGEST:
             specs |= {f"{n}_scale": StateSpec(group, "page", torch.float32, (heads, self.page_size)) for n in ("k", "v")}
         return self.declare(**specs)
+
+    def latent_cache(self, latent: torch.Tensor, rope: torch.Tensor) -> str:
+        """Name of the cache of a latent attention call with new latent [T, L] and rope [T, R]."""
+        return self.declare(latent_cache=self.latent_page(int(latent.shape[1] + rope.shape[1]), latent.dtype))[0]
+
+    def latent_page(self, width: int, dtype: torch.dtype) -> StateSpec:
+        """A cache of one row of `width` a token in the group `latent`. TraceError for a quantized cache, whose rows would need scales."""
+        if self.kv_dtype in LARGEST:
+            raise TraceError("latent attention has no quantized cache: its rows are latents already; compile with --kv-cache-dtype auto")
+        return StateSpec("latent", "page", self.kv_dtype or dtype, (1, self.page_size, width))
+
+    def slot(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, call: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """`call(state, cu_seqlens_q, seq_lens, state_slots)` → (out, new state) on the slot state of one call site; out."""
+        (name,) = self.declare(**{kind: StateSpec("slot", "slot", dtype, shape)})
+        if self.observing:
+            return call(torch.empty((1, *shape), dtype=dtype, device="meta"), *(torch.empty(n, dtype=torch.int32, device="meta") for n in (2, 1, 1)))[0]
+        out, self.values[name] = call(self.values[name], *(self.values[n] for n in ("cu_seqlens_q", "seq_lens", "state_slots")))
+        return out
 
 
 _CURRENT: ContextVar[Context] = ContextVar("trace")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,24 @@ class Mask:
     chunk: int = 0
     causal: bool = True
 
+    ndim = 0  # no tensor: code that would fold a bias into a mask of four dims leaves this one alone
+
+    def to(self, *args: Any, **kwargs: Any) -> Mask:
+        """What it hides has no dtype."""
+        return self
+
+    def __getitem__(self, index: Any) -> Mask:
+        """Code takes the head dim off, or cuts it to the keys there are: what it hides is the same."""
+        return self
+
+    def within(self, window: int) -> Mask:
+        """This mask, seen through a window."""
+        return replace(self, window=window)
+
     def _computed_with(self, *args: Any) -> Any:
         raise TraceError("the model computes with its attention mask outside transformers' attention interface; it needs an adapter")
 
-    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _computed_with
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _computed_with
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -47,8 +61,10 @@ def _mask_function(name: str, geometry: Callable[[Any], Mask]) -> Callable[..., 
     return create
 
 
-def _refused(name: str, reason: str) -> Callable[..., Mask]:
-    def create(config: Any, *args: Any, **kwargs: Any) -> Mask:
+def _refused(name: str, reason: str) -> Callable[..., Mask | None]:
+    def create(config: Any, *args: Any, **kwargs: Any) -> Mask | None:
+        if "encoder_hidden_states" in kwargs and kwargs["encoder_hidden_states"] is None:
+            return None  # the mask of attention over an encoder that a decoder alone does not have
         raise TraceError(f"{type(config).__name__}: {name}: {reason}")
 
     return create
@@ -77,7 +93,7 @@ def _window_both_ways(config: Any) -> Mask:
 
 
 _ALL = lambda config: Mask(causal=False)
-FUNCTIONS: dict[str, dict[str, Callable[..., Mask]]] = {
+FUNCTIONS: dict[str, dict[str, Callable[..., Mask | None]]] = {
     "forward": {
         "create_causal_mask": _mask_function("create_causal_mask", lambda config: Mask()),
         "create_sliding_window_causal_mask": _mask_function("create_sliding_window_causal_mask", _window),

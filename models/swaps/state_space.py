@@ -7,76 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ingot.ops import StateSpec
-
 from . import Patch, Swap, close, modeling_files
 from .context import Context, TraceError, current
+from .state_kernels import DEFAULTS, KERNELS, Arguments, Kernel
 
-Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """How one function is said in the dialect. `apply` takes its arguments by name and the step (cu_seqlens_q, seq_lens, state_slots)."""
-
-    state: Callable[[Arguments], tuple[str, StateSpec]]
-    apply: Callable[[Arguments, torch.Tensor, tuple[torch.Tensor, ...]], tuple[torch.Tensor, torch.Tensor]]
-
-
-def _conv_state(a: Arguments) -> tuple[str, StateSpec]:
-    x, weight = a["hidden_states"], a["weight"]
-    return "conv_state", StateSpec("slot", "slot", x.dtype, (int(x.shape[1]), int(weight.shape[-1]) - 1))
-
-
-def _conv(a: Arguments, state: torch.Tensor, step: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    x = a["hidden_states"].squeeze(0).transpose(0, 1)
-    act = {None: "", "silu": "silu", "swish": "silu"}.get(a["activation"])
-    if act is None:
-        raise TraceError(f"causal_conv1d_fn with activation {a['activation']!r}; silu or none is what causal_conv1d knows")
-    y, state = torch.ops.ingot.causal_conv1d(x, a["weight"], a["bias"], state, *step, act)
-    return y.transpose(0, 1).unsqueeze(0), state
-
-
-def _ssd_state(a: Arguments) -> tuple[str, StateSpec]:
-    _, _, heads, dim = a["hidden_states"].shape
-    return "ssm_state", StateSpec("slot", "slot", torch.float32, (int(heads), int(dim), int(a["B"].shape[-1])))
-
-
-def _ssd(a: Arguments, state: torch.Tensor, step: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    if a.get("z") is not None:
-        raise TraceError("mamba2_chunk_scan is given z, which ssd_scan does not know")
-    x, dt, b, c = (a[n].squeeze(0) for n in ("hidden_states", "dt", "B", "C"))
-    low, high = (float(v) for v in a["dt_limit"])
-    y, state = torch.ops.ingot.ssd_scan(x, dt, a["A"], b, c, a["D"], a["dt_bias"], state, *step, a["dt_softplus"], low, high)
-    return y.unsqueeze(0), state
-
-
-def _selective_state(a: Arguments) -> tuple[str, StateSpec]:
-    channels, size = a["A"].shape
-    return "ssm_state", StateSpec("slot", "slot", torch.float32, (int(channels), int(size)))
-
-
-def _selective(a: Arguments, state: torch.Tensor, step: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    x, dt, b, c, z = (None if a[n] is None else a[n].squeeze(0).transpose(0, 1) for n in ("hidden_states", "dt", "B", "C", "z"))
-    y, state = torch.ops.ingot.selective_scan(x, dt, a["A"], b, c, a["D"], z, a["delta_bias"], state, *step, a["delta_softplus"])
-    return y.transpose(0, 1).unsqueeze(0), state
-
-
-KERNELS = {
-    "mamba_selective_scan": Kernel(_selective_state, _selective),
-    "causal_conv1d_fn": Kernel(_conv_state, _conv),
-    "mamba2_chunk_scan": Kernel(_ssd_state, _ssd),
-}
-_DEFAULTS: Arguments = {
-    **{"bias": None, "activation": None, "D": None, "z": None},
-    **{"dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))},
-    **{"delta_bias": None, "delta_softplus": False},
-}
 _NOT_A_STATE = ("seq_idx", "cu_seqlens")  # arguments of some versions that change the result
 
 
@@ -115,7 +53,7 @@ class StateSpace(Swap):
 def _bind(function: Callable[..., Any], args: Any, kwargs: Any) -> Arguments:
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    arguments = {**_DEFAULTS, **bound.arguments}
+    arguments = {**DEFAULTS, **bound.arguments}
     arguments |= arguments.pop("kwargs", {})
     for name in _NOT_A_STATE:
         if arguments.get(name) is not None:
@@ -124,28 +62,24 @@ def _bind(function: Callable[..., Any], args: Any, kwargs: Any) -> Arguments:
 
 
 def _same(function: Callable[..., Any], kernel: Kernel, seen: Arguments) -> bool:
-    """Compare on one sequence of random inputs with the shapes seen; a decay must stay negative, as models make it."""
+    """Compare on one sequence of random inputs with the shapes seen."""
     generator = torch.Generator().manual_seed(0)
     names = [n for n in inspect.signature(function).parameters if n in seen]
     arguments = {n: torch.randn(v.shape, generator=generator) if isinstance(v, torch.Tensor) else v for n, v in seen.items()}
-    if "A" in arguments:
-        arguments["A"] = -arguments["A"].abs() - 0.1
-    expected = function(**{n: arguments[n] for n in names})
+    arguments |= {n: -arguments[n].abs() - 0.1 for n in kernel.negative} | {n: arguments[n].sigmoid() for n in kernel.unit}
+    out = function(**{n: arguments[n] for n in names})
     _, spec = kernel.state(arguments)
-    tokens = seen["hidden_states"].shape[1 if seen["hidden_states"].dim() == 4 else -1]
+    tokens = kernel.tokens(seen)
     step = tuple(torch.tensor(v, dtype=torch.int32) for v in ([0, tokens], [tokens], [1]))
     actual, _ = kernel.apply(arguments, torch.randn(2, *spec.shape, generator=generator), step)
-    return close(actual, expected)
+    return close(actual, out[0] if kernel.pairs else out)
 
 
 def _replacement(function: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
     def keep_state(*args: Any, **kwargs: Any) -> Any:
         arguments = _bind(function, args, kwargs)
-        context = current()
         kind, spec = kernel.state(arguments)
-        (name,) = context.declare(**{kind: spec})
-        step = tuple(context.values[n] for n in ("cu_seqlens_q", "seq_lens", "state_slots"))
-        out, context.values[name] = kernel.apply(arguments, context.values[name], step)
-        return out
+        out = current().slot(kind, spec.shape, spec.dtype, lambda state, *step: kernel.apply(arguments, state, step))
+        return (out, None) if kernel.pairs else out
 
     return keep_state

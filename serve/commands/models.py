@@ -11,14 +11,19 @@ import typer
 def models_command(
     names: Annotated[list[str] | None, typer.Argument(help="With --run: architectures or model types; all of them when none is given.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Try them now instead of reading what shipped.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="With --run: write models/admitted.json and models/ARCHITECTURES.md of this checkout.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
     """List the architectures that were admitted, and why the others were not."""
     if names and not run:
         raise typer.BadParameter("names go with --run", param_hint="NAMES")
+    if save and not run:
+        raise typer.BadParameter("it goes with --run", param_hint="--save")
     from ingot.models import oracle
 
     verdicts = oracle.run(names or None) if run else [*oracle.load("forward"), *oracle.load("embed")]
+    if save:
+        oracle.save(verdicts)
     if as_json:
         fields = ("architecture", "model_type", "entry_point", "admitted", "reason")
         print(json.dumps([{f: getattr(v, f) for f in fields} for v in verdicts]))

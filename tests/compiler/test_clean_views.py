@@ -74,3 +74,16 @@ def test_same_numbers_with_fewer_views(fn: Callable[[torch.Tensor], torch.Tensor
     calls = [target_name(n.target) for n in clean.fx.nodes if n.op == "call_function"]
     assert sum("permute" in c or "transpose" in c for c in calls) == permutes, f"{clean}"
     assert not [c for c in calls if "squeeze" in c or ("slice" in c and fn is reshapes_of_reshapes)]
+
+
+@pytest.mark.parametrize(("begin", "end", "slices"), [(0, 16, 0), (16, 24, 0), (0, 8, 1), (16, 20, 1), (8, 24, 1)])
+def test_a_part_of_a_cat_is_that_part(begin: int, end: int, slices: int) -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([x[:, :16] * 2, x[:, 16:] + 1], -1)
+        return both[:, begin:end] * both.sum(-1, keepdim=True)
+
+    graph = from_function(lambda x: [fn(x)], {"x": InputSpec(torch.float32, ("T", 24))})
+    clean = clean_views(graph, Target("cpu", "x86-64:", ""))
+    x = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(clean.run({"x": x})[0][0], fn(x))
+    assert sum(n.target is torch.ops.aten.slice.Tensor for n in clean.fx.nodes) == 2 + slices

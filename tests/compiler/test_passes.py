@@ -68,6 +68,7 @@ EXPECTED = {
     "fuse_attention": {"qkv_attention": 2},
     "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1},
     "group_regions": {"linear": 1},
+    "fold_weight_views": {"head_linear": 2},
     "clean_views": {},
 }
 
