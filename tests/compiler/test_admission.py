@@ -39,14 +39,14 @@ def test_a_refused_architecture_is_refused_with_its_reason(tmp_path: Path) -> No
 
 
 def test_an_architecture_that_the_record_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "load", lambda: [])
+    monkeypatch.setattr(oracle, "load", lambda entry_point: [])
     tiny.config("llama").save_pretrained(tmp_path / "m")
     with pytest.raises(CompileError, match="LlamaForCausalLM has not been tried: `ingot models --run LlamaForCausalLM --save`"):
         compiles(tmp_path / "m")
 
 
 def test_a_class_that_is_no_causal_language_model(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match=r"'vit' \(ViTForImageClassification\) is no causal language model of transformers"):
+    with pytest.raises(TraceError, match=r"'vit' \(ViTForImageClassification\) is neither a causal language model nor an encoder of transformers"):
         compiles(tmp_path / "m", {"model_type": "vit", "architectures": ["ViTForImageClassification"]})
 
 
