@@ -180,9 +180,9 @@ def load(entry_point: str = "forward") -> list[Verdict]:
 def save(verdicts: Iterable[Verdict]) -> None:
     """Merge verdicts into the records, sorted by architecture, and write the page that shows them."""
     verdicts = list(verdicts)
-    for entry_point, record in RECORDS.items():
-        known = {v.architecture: v for v in load(entry_point)}
-        known |= {v.architecture: v for v in verdicts if v.entry_point == entry_point}
+    for entry, record in RECORDS.items():
+        known = {v.architecture: v for v in load(entry)}
+        known |= {v.architecture: v for v in verdicts if v.entry_point == entry}
         entries = [{k: x for k, x in asdict(known[a]).items() if k not in ("error", "entry_point")} for a in sorted(known)]
         record.write_text(json.dumps(entries, indent=1) + "\n")
     PAGE.write_text(page(load(), load("embed")))

@@ -18,26 +18,7 @@ __all__ = ["OPS", "Graph", "GraphError", "InputSpec", "Op", "Recipe", "StateSpec
            "attention", "embedding", "glu", "latent_attention", "linear", "linear_attention", "moe", "norm", "pooling",
            "quantized", "rotary", "sampling", "state_space"]  # fmt: skip
 
-<<<<<<< HEAD
-_FAMILIES = (
-    "attention",
-    "embedding",
-    "glu",
-    "latent_attention",
-    "linear",
-    "linear_attention",
-    "moe",
-    "norm",
-    "pooling",
-    "quantized",
-    "rotary",
-    "sampling",
-    "state_space",
-)
-=======
-_FAMILIES = ("attention", "embedding", "glu", "latent_attention", "linear", "linear_attention", "moe", "norm", "pooling",
-             "quantized", "rotary", "sampling", "state_space")  # fmt: skip
->>>>>>> 6d7b448 (Op families on two lines)
+_FAMILIES = tuple(name for name in __all__ if name.islower())
 
 
 def __getattr__(name: str) -> Any:
