@@ -81,7 +81,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
     """A plan for a range of steps: T ≤ `max_tokens`, S ≤ `max_seqs`, at most `max_num_new` new tokens a sequence, R ≤ `max_rows`."""
 
-    entry_point: str  # "forward" or "embed"
+    entry_point: str  # "forward", "sample" or "embed"
     name: str
     max_tokens: int
     max_seqs: int

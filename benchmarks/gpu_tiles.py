@@ -56,7 +56,7 @@ def widen() -> None:
     from ingot.ops.triton import linear
 
     linear.GEMV_TILES = tuple(itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)))  # type: ignore[assignment]
-    linear.GEMV_TILES = tuple(t for t in linear.GEMV_TILES if 32 <= t[0] * t[1] / (32 * t[2]) <= 64)
+    linear.GEMV_TILES = tuple(t for t in linear.GEMV_TILES if t[0] > 1 and 32 <= t[0] * t[1] / (32 * t[2]) <= 64)
     grid = [(n, k, w, s) for n in (16, 32, 64, 128) for k in (64, 128, 256) for w in (4, 8) for s in (3, 4, 6, 8) if n * k * s in (24576, 32768, 49152, 65536)]
     linear.FEW_ROWS = tuple(linear.Tile(16, *t) for t in grid)
     linear.SOME_ROWS = tuple(linear.Tile(64, *t) for t in grid if (64 + t[0]) * t[1] * t[3] * 2 < SHARED_MEMORY_BYTES["sm_90"])

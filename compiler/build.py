@@ -38,7 +38,8 @@ from .outline import Outline
 from .pipeline import count, lower
 from .plan import plan
 from .quantization import choose_as, choose_online, num_elements, quantize_weights, with_activations
-from .select import select
+from .sampling import sampling_programs
+from .select import Selection, select
 from .tuning import Table, table_for
 from .variants import VariantSpec, embed_variants, page_size, variants
 from .weights import bind, described, pack
@@ -187,12 +188,14 @@ class Job:
         with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder:  # what a kill leaves there, gc removes
             emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
             device = None if self.defer_gate else device_for(self.target)
-            outline = Outline.of(graph)
+            programs = [(Outline.of(g), s) for g, s in [(graph, specs), *self.sampling(graph)]]
             done("outline")
-            selection = select(graph, outline.calls, specs, self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)),
-                               self.table, measure=self.measure)  # fmt: skip
+            selection = Selection()
+            for outline, of_it in programs:
+                selection.add(select(outline.graph, outline.calls, of_it, self.target, emitted, device,
+                                     lambda n, of: progress("select and gate", n / max(of, 1)), self.table, measure=self.measure))  # fmt: skip
             done("kernels")
-            planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for s in specs)
+            planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for outline, of_it in programs for s in of_it)
             plans = [v if _capturable(v) else msgspec.structs.replace(v, capture=()) for v in planned if not v.decodes or _capturable(v)]
             for variant in plans:
                 writer.add_plan(variant)
@@ -261,6 +264,13 @@ class Job:
         """The variants that the artifact gets."""
         made = embed_variants if self.entry_point == "embed" else variants
         return made(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
+
+    def sampling(self, graph: Graph) -> list[tuple[Graph, list[VariantSpec]]]:
+        """The entry point `sample`, on a GPU: a CPU's sampler decides by what it finds, which a plan cannot."""
+        if self.entry_point != "forward" or self.target.kind != "cuda":
+            return []
+        logits = graph.fx.output_node().args[0][0].meta["val"]
+        return sampling_programs(int(logits.shape[-1]), logits.dtype, self.options.max_num_seqs)
 
     def _model_info(self, graph: Graph) -> ModelInfo:
         config = self.source.config

@@ -40,6 +40,14 @@ class Selection:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # microseconds of each candidate that passed
     tuned: dict[str, Tuned] = field(default_factory=dict)  # entries for a tuning table, of what was measured
 
+    def add(self, other: Selection) -> None:
+        """Take in what was chosen for another graph."""
+        for known, more in ((self.choices, other.choices), (self.kernels, other.kernels), (self.measured, other.measured), (self.tuned, other.tuned)):
+            known.update(more)  # type: ignore[attr-defined]
+        self.errors = {k: max(self.errors.get(k, 0.0), other.errors.get(k, 0.0)) for k in (*self.errors, *other.errors)}
+        self.checks += other.checks
+        self.rejected += other.rejected
+
     def choose(self, steps: Steps) -> Callable[[Call], Choice]:
         return lambda call: self.choices[_key(call, steps)]
 

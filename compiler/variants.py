@@ -50,6 +50,11 @@ def embed_variants(target: Target, max_num_seqs: int, max_num_batched_tokens: in
     return [VariantSpec(f"embed_{n}", Steps(n, min(n, max_num_seqs), n, 1, False, page_size(target), deterministic)) for n in ranges]
 
 
+def rows_variant(name: str, rows: int) -> VariantSpec:
+    """Of an entry point over up to `rows` rows of logits."""
+    return VariantSpec(name, Steps(rows, rows, 1, rows, False))
+
+
 LAST_CAPTURED = 1024
 """Tokens of the largest step with a CUDA graph. A larger one runs longer on any GPU than the host takes to launch it."""
 MAX_PROMPT_ROWS = 512

@@ -15,6 +15,7 @@ from ingot.artifacts.plan import Variant
 
 from .batch import Sampled, StepBatch, StepLayout, StepSize
 from .bind import BoundPlan, bind
+from .compiled_sampler import CompiledSampler
 from .cuda_graph import capture
 from .kv_cache import GroupInfo
 from .memory import MemoryPlan
@@ -56,7 +57,9 @@ class Executor:
     def __init__(self, artifact: Artifact, plans: dict[str, Variant], memory: MemoryPlan, progress: Progress = lambda stage, done: None) -> None:
         manifest = artifact.manifest
         self.device = torch.device("cuda" if manifest.target.kind == "cuda" else "cpu")
-        self._variants = sorted(plans.values(), key=lambda v: (v.max_num_new, v.max_tokens))
+        forward = [v for v in plans.values() if v.entry_point == "forward"]
+        sampling = [v for v in plans.values() if v.entry_point == "sample"]
+        self._variants = sorted(forward, key=lambda v: (v.max_num_new, v.max_tokens))
         groups = {g.name: GroupInfo(g.kind, g.page_size, memory.num_units[g.name], g.window) for g in manifest.groups}
         self.info = ExecutorInfo(
             groups=groups,
@@ -64,7 +67,7 @@ class Executor:
             max_num_batched_tokens=manifest.options.max_num_batched_tokens,
             max_model_len=memory.max_model_len,
             vocab_size=manifest.model.vocab_size,
-            max_num_rows=max(v.max_rows for v in plans.values()),
+            max_num_rows=max(v.max_rows for v in forward),
             asynchronous=self.device.type == "cuda",
         )
         # modules first: on a nearly full card their first load takes minutes
@@ -78,8 +81,9 @@ class Executor:
         self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
         self._staging = Staging(self.layout, largest, self.device)
-        self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device)
-        self._arena = torch.empty(max(v.arena_bytes for v in plans.values()), dtype=torch.uint8, device=self.device)
+        compiled = CompiledSampler(sampling, self._kernels, self.device) if sampling else None
+        self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device, compiled)
+        self._arena = torch.empty(max(v.arena_bytes for v in forward), dtype=torch.uint8, device=self.device)
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
         self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
         self._capture(progress)

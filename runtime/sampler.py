@@ -14,6 +14,7 @@ import torch
 from ingot.ops.sampling import gumbel
 
 from .batch import Sampled, StepBatch
+from .compiled_sampler import CompiledSampler
 from .logit_rules import NONE_LEFT, NOT_FINITE
 from .logits import DeviceEdits, LogitsProcessor
 
@@ -77,10 +78,11 @@ class SamplingRows:
 
 
 class Sampler:
-    """Samples the logits of steps, one after the other, as their batches say."""
+    """Samples the logits of steps, one after the other, as their batches say. With `plans`, compiled ones choose the tokens."""
 
-    def __init__(self, num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_seqs: int, vocab_size: int, device: torch.device, plans: CompiledSampler | None = None) -> None:
         self._processor = LogitsProcessor(num_seqs, vocab_size, device)
+        self._plans = plans
 
     def __call__(self, logits: torch.Tensor, batch: StepBatch, input_ids: torch.Tensor, buffer: torch.Tensor | None = None) -> Sampled:
         """`logits` [R, V], R as padded; `input_ids` [T] of the step, and `buffer` of the batch, on the logits' device."""
@@ -88,47 +90,49 @@ class Sampler:
             buffer = torch.from_numpy(batch.buffer)
         rows = SamplingRows.from_batch(batch, buffer)
         if batch.edits is None:
-            return sample(logits, rows)
+            return sample(logits, rows, chosen=self._chosen(logits, batch, buffer))
         field = batch.fields["logits_rows"]
         newest = input_ids[buffer[field.offset : field.offset + batch.padded.num_rows]]
         edits = DeviceEdits(batch.edits, logits.device)
-        sampled = sample(logits, rows, self._processor.process(logits, edits, newest))
+        processed = self._processor.process(logits, edits, newest)
+        sampled = sample(logits, rows, processed, self._chosen(processed, batch, buffer))
         self._processor.count(edits, sampled.token_ids)
         return sampled
 
+    def _chosen(self, logits: torch.Tensor, batch: StepBatch, buffer: torch.Tensor) -> torch.Tensor | None:
+        return None if self._plans is None else self._plans(logits, batch, buffer)
 
-def sample(logits: torch.Tensor, rows: SamplingRows, processed: torch.Tensor | None = None) -> Sampled:
+
+def sample(logits: torch.Tensor, rows: SamplingRows, processed: torch.Tensor | None = None, chosen: torch.Tensor | None = None) -> Sampled:
     """One token for each row of `logits` [R, V] (float16, bfloat16 or float32), and the log-probabilities asked for.
 
     With `processed` [R, V] (`logits.LogitsProcessor`) tokens are drawn from it; log-probabilities are of `logits` nevertheless.
+    `chosen` [R] int32 are tokens that were drawn already, as `ops.sampling.sample` does.
     """
-    if not rows.random and rows.num_logprobs < 0 and processed is None:
-        best, tokens = logits.max(-1)
-        return Sampled(torch.where(best.isfinite(), tokens, -1).int())
+    if rows.num_logprobs < 0 and processed is None:
+        if chosen is not None and not rows.targets:
+            return Sampled(chosen)
+        if not rows.random:
+            best, tokens = logits.max(-1)
+            return Sampled(torch.where(best.isfinite(), tokens, -1).int())
     size = max(1, _CHUNK // logits.shape[1])
     if logits.shape[0] <= size:
-        return _sample(logits, rows, processed)
-    parts = [
-        _sample(logits[b : b + size], rows.chunk(b, b + size), None if processed is None else processed[b : b + size]) for b in range(0, logits.shape[0], size)
-    ]
+        return _sample(logits, rows, processed, chosen)
+    parts = []
+    for b in range(0, logits.shape[0], size):
+        end = b + size
+        parts.append(_sample(logits[b:end], rows.chunk(b, end), *(None if t is None else t[b:end] for t in (processed, chosen))))
     return Sampled(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _sample(model_logits: torch.Tensor, rows: SamplingRows, processed: torch.Tensor | None) -> Sampled:
+def _sample(model_logits: torch.Tensor, rows: SamplingRows, processed: torch.Tensor | None, chosen: torch.Tensor | None) -> Sampled:
     model_logits = model_logits.float()
-    logits = model_logits if processed is None else processed
-    best, tokens = logits.max(-1)
-    if rows.random:
-        random = rows.temperature > 0
-        scores = (logits - best[:, None]) / torch.where(random, rows.temperature, 1.0)[:, None]
-        truncated = (rows.top_k > 0) | (rows.top_p < 1)
-        if rows.plain:
-            tokens = torch.where(random & ~truncated, _draw(scores, torch.arange(scores.shape[1], device=scores.device), rows), tokens)
-        if rows.num_candidates:
-            tokens = torch.where(random & truncated, _draw_truncated(scores, rows), tokens)
+    if chosen is not None:
+        finite, tokens = chosen >= 0, chosen.clamp(min=0).long()
+    else:
+        finite, tokens = _choose(model_logits if processed is None else processed, rows)
     if rows.targets:
         tokens = torch.where(rows.target >= 0, rows.target.long(), tokens)
-    finite = best.isfinite()
     none: int | torch.Tensor = NOT_FINITE
     if processed is not None:
         none = torch.where(model_logits.amax(-1).isfinite(), NONE_LEFT, NOT_FINITE)
@@ -141,6 +145,20 @@ def _sample(model_logits: torch.Tensor, rows: SamplingRows, processed: torch.Ten
         return Sampled(tokens, logprobs)
     top = model_logits.topk(min(rows.num_logprobs, model_logits.shape[1]))
     return Sampled(tokens, logprobs, top.indices.int(), top.values - total)
+
+
+def _choose(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether a row's largest logit is finite, and the row's token."""
+    best, tokens = logits.max(-1)
+    if rows.random:
+        random = rows.temperature > 0
+        scores = (logits - best[:, None]) / torch.where(random, rows.temperature, 1.0)[:, None]
+        truncated = (rows.top_k > 0) | (rows.top_p < 1)
+        if rows.plain:
+            tokens = torch.where(random & ~truncated, _draw(scores, torch.arange(scores.shape[1], device=scores.device), rows), tokens)
+        if rows.num_candidates:
+            tokens = torch.where(random & truncated, _draw_truncated(scores, rows), tokens)
+    return best.isfinite(), tokens
 
 
 def _draw_truncated(scores: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

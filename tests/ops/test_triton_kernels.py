@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import ingot.ops.triton
-from ingot.artifacts.gate import bind, error, states
+from ingot.artifacts.gate import bind, relative, states
 from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.triton import compile_source
+from ingot.ops import OPS
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor
@@ -399,6 +400,15 @@ CASES = {
     "packed_attention": packed_cases(),
     "pool": pool_cases(),
 }  # fmt: skip
+
+
+def error(call, inputs, outputs, before):
+    """Largest relative error of outputs and states against the reference in float32; `before`: the states as they were."""
+    exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE else v for n, v in {**inputs, **before}.items()}
+    exact |= {n: exact[n].clone() for n in before}
+    expected = OPS[call.op].reference(*exact.values())
+    expected = list(expected) if isinstance(expected, tuple) else [] if expected is None else [expected]
+    return max(relative(a, b) for a, b in [*zip(outputs, expected, strict=True), *((inputs[n], exact[n]) for n in before)])
 
 
 def distinct(candidates):
