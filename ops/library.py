@@ -39,7 +39,7 @@ def addmm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, addend: torc
 
 @_call
 def add(out: torch.Tensor, bias: torch.Tensor) -> None:
-    """out [T, N] += bias [N]."""
+    """out [T, N] += bias ([N] or [T, N])."""
     out.add_(bias)
 
 
@@ -57,6 +57,12 @@ def packed_attention(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: tor
             y = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             out[begin:end] = y.squeeze(0).transpose(0, 1)
     out[starts[-1] :] = 0
+
+
+@_call
+def scaled_mm(out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """out [T, N] = (x [T, K] · weight [N, K]ᵀ) of float8, times x_scale [T, 1] and scale [N]."""
+    torch._scaled_mm(x, weight.t(), x_scale, scale.view(1, -1), out_dtype=out.dtype, use_fast_accum=True, out=out)
 
 
 def _launch(name: str, *operands: Operand) -> Launch:

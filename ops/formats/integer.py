@@ -24,7 +24,8 @@ class Integer(Format):
     Layout "tile16" (CPU, dot products of four bytes): tiles of 16 rows, N and K padded. 8 bits: weight uint8 [N/16, K/4, 16, 4]. 4 bits:
     uint8 [N/16, K/8, 16, 4], whose low nibbles are columns 8c … 8c+3 and high ones 8c+4 … 8c+7. scale, zero [N/16, G, 16].
 
-    Layout "rows" (GPU): 8 bits: weight int8 [N, K], code − 128. 4 bits: uint8 [N, ⌈K/2⌉], even columns in the low nibbles. scale, zero [N, G].
+    Layout "rows" (GPU): 8 bits: weight int8 [N, K], code − 128. 4 bits: int32 [N, 16 ⌈K/128⌉]: nibble q of word 16 c + i is column
+    128 c + 16 q + i, so that 16 columns come from one place of 16 words. scale, zero [N, G].
     """
 
     def __init__(self, bits: int, group: int, zero: bool) -> None:
@@ -71,8 +72,9 @@ class Integer(Format):
         if layout == "rows":
             if self.bits == 8:
                 return {"weight": (codes ^ 128).view(torch.int8), **scales}
-            codes = F.pad(codes, (0, codes.shape[1] % 2))
-            return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, **scales}
+            nibbles = F.pad(codes, (0, -codes.shape[1] % 128)).unflatten(1, (-1, 8, 16)).to(torch.int32)
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)[:, None]
+            return {"weight": (nibbles << shifts).sum(2, dtype=torch.int32).flatten(1), **scales}
         n, k = codes.shape
         per_byte = 8 // self.bits
         codes = F.pad(codes, (0, -k % (4 * per_byte), 0, -n % TILE)).reshape(-1, TILE, -(-k // (4 * per_byte)), per_byte, 4).permute(0, 2, 1, 3, 4)
@@ -88,7 +90,8 @@ class Integer(Format):
         if layout == "rows":
             if self.bits == 8:
                 return {"weight": weight.view(torch.uint8) ^ 128, **scales}
-            return {"weight": torch.stack([weight & 15, weight >> 4], -1).reshape(n, -1)[:, :k], **scales}
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)[:, None]
+            return {"weight": ((weight.unflatten(1, (-1, 1, 16)) >> shifts) & 15).to(torch.uint8).flatten(1)[:, :k], **scales}
         codes = torch.stack([weight & 15, weight >> 4], 3) if self.bits == 4 else weight.unsqueeze(3)
         codes = codes.permute(0, 2, 1, 3, 4).reshape(weight.shape[0] * TILE, -1)[:n, :k]
         return {"weight": codes, **{name: s.transpose(1, 2).reshape(-1, s.shape[1])[:n] for name, s in scales.items()}}

@@ -15,6 +15,7 @@ FAMILIES = (
     "norm",
     "packed_attention",
     "pooling",
+    "quantized_linear",
     "rotary",
     "sampling",
 )

@@ -14,7 +14,7 @@ from ingot.artifacts.gate import bind, relative, states
 from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.triton import compile_source
-from ingot.ops import OPS
+from ingot.ops import OPS, formats
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor
@@ -365,6 +365,49 @@ def sampling_cases():
     return {"wide": case(5003, 3.0), "equal": case(997, 1.0, 2, 1), "peaked": case(4096, 8.0, 0, 2), "narrow": case(70, 2.0, 1, 3)}
 
 
+def quantized_linear_cases():
+    """Formats, how x is rounded, and epilogues; a case's name says them. K is a multiple of no group."""
+
+    def case(form, activation, rows, n, k, act=None, bias=False, residual=False):
+        generator = torch.Generator().manual_seed(5)
+        weight = torch.randn(n, k, generator=generator).bfloat16() * k**-0.5
+        parts = {"zero": None, **formats.packed(formats.get(form).quantize(weight), form, "rows", 2 if act else 1)}
+        typed = {p: t if t is None else tensor(*t.shape, dtype=t.dtype) for p, t in parts.items()}
+        static = {"input_scale": tensor(1, dtype=F32)} if activation.endswith("static") else {"input_scale": None}
+        width = n // 2 if act else n
+        args = {"x": tensor(T, k), **{p: typed[p] for p in ("weight", "scale", "zero")}, **static, "bias": tensor(n) if bias else None,
+                "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n}  # fmt: skip
+        values = {p: t for p, t in parts.items() if t is not None} | ({"input_scale": torch.tensor([0.01])} if activation.endswith("static") else {})
+        return Case(args, (tensor(T, width),), {"T": rows}, values)
+
+    rows = [
+        ("fp8_e4m3_channel", "none", 5, 72, 330, {}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 1, 72, 330, {"residual": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 40, 80, 330, {"bias": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 150, 80, 208, {"act": "silu"}),
+        ("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 96, {"act": "silu"}),
+        ("fp8_e4m3_channel", "fp8_e4m3_static", 5, 40, 96, {}),
+        ("fp8_e4m3_block128", "none", 1, 140, 330, {}),
+        ("fp8_e4m3_block128", "fp8_e4m3_group128", 1, 256, 330, {"act": "silu"}),
+        ("fp8_e4m3_block128", "fp8_e4m3_group128", 5, 140, 330, {"residual": True}),
+        ("int8_channel", "none", 1, 72, 330, {"bias": True}),
+        ("int8_channel", "none", 40, 72, 330, {}),
+        ("int8_channel", "int8_token", 1, 72, 330, {}),
+        ("int8_channel", "int8_token", 70, 72, 330, {"act": "gelu"}),
+        ("int8_group32_zero", "none", 1, 40, 330, {}),
+        ("int8_group32_zero", "none", 5, 40, 330, {}),
+        ("int4_group128", "none", 1, 72, 330, {"residual": True}),
+        ("int4_group128", "none", 5, 72, 330, {"bias": True, "residual": True}),
+        ("int4_group128", "none", 150, 80, 200, {"act": "silu"}),
+        ("int4_group32_zero", "none", 1, 72, 330, {"act": "silu"}),
+        ("int4_group32_zero", "none", 40, 40, 330, {}),
+        ("int4_channel", "none", 1, 24, 330, {}),
+        ("int4_channel", "none", 5, 24, 330, {}),
+        ("int4_group64", "none", 5, 24, 1100, {}),
+    ]  # fmt: skip
+    return {f"{form}-{activation}-{t}-{'-'.join(extra)}": case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
+
+
 CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
@@ -376,6 +419,7 @@ CASES = {
     "rms_norm_linear_glu": norm_linear_cases("rms_norm_linear_glu"),
     "qkv_attention": qkv_attention_cases(),
     "sample": sampling_cases(),
+    "quantized_linear": quantized_linear_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
     },
@@ -427,6 +471,11 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     case = CASES[op][name]
     call = case.call(op, dtype)
     candidates = [c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, target)]
+    if op == "quantized_linear":
+        if dtype == F32:
+            assert not candidates
+            return
+        candidates = [c for c in candidates if device == "cuda" or all(launch.source.backend == "triton" for launch in c.launches)]
     assert candidates
     assert len({c.name for c in candidates}) == len(candidates)
     if device == "cpu":

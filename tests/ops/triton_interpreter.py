@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _cast, _dot, _patch_tensor = Builder.cast_impl, Builder.create_dot, interpreter._patch_lang_tensor
-_fp_to_fp_of_triton = Builder.create_fp_to_fp
+_fp_to_fp_of_triton, _binary_of_triton = Builder.create_fp_to_fp, Builder.binary_op
 
 
 def _bfloat16_to_float32(data):
@@ -32,6 +32,8 @@ def _cast_rounding(self, src, dst_type):
         return Handle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
     if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
         return Handle(_bfloat16_to_float32(src.data), tl.float32)
+    if dst_type.scalar == tl.bfloat16 and src.dtype.scalar.is_int():
+        return _cast_rounding(self, Handle(src.data.astype(np.float32), tl.float32), dst_type)
     return _cast(self, src, dst_type)
 
 
@@ -53,6 +55,14 @@ def _dot_of_bfloat16(self, a, b, d, *rest):
     return _dot(self, a, b, d, *rest)
 
 
+def _binary(self, lhs, rhs, op):
+    """Arithmetic on bfloat16 would be done on its uint16 patterns."""
+    if lhs.dtype.scalar != tl.bfloat16:
+        return _binary_of_triton(self, lhs, rhs, op)
+    exact = op(_bfloat16_to_float32(lhs.data), _bfloat16_to_float32(rhs.data))
+    return _cast_rounding(self, Handle(exact, tl.float32), tl.bfloat16)
+
+
 def _index(tensor, scope):
     """numpy 2.4 no longer turns an array of one element into an int: loop bounds need it."""
     _patch_tensor(tensor, scope)
@@ -60,6 +70,7 @@ def _index(tensor, scope):
 
 
 Builder.cast_impl, Builder.create_dot, Builder.create_fp_to_fp, interpreter._patch_lang_tensor = _cast_rounding, _dot_of_bfloat16, _fp_to_fp, _index
+Builder.binary_op = _binary
 # patch tl.core once instead of at every call of tl.sum and its like
 interpreter._patch_lang(tl.sum.fn)
 interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
