@@ -176,18 +176,18 @@ def quantized_gemv_kernel(x, input_scale, weight, scale, zero, bias, residual, o
 
 
 @triton.jit
-def pair_of_nibbles(words, HIGH: tl.constexpr, Q: tl.constexpr, dtype: tl.constexpr):
-    """Nibble Q (or Q + 4, HIGH) of each word in a 16-bit float, exactly."""
-    both = (words >> (4 * Q)) & 0x000F000F
+def nibbles(words, Q: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
+    """Nibble Q of each word, less MIDDLE, in a 16-bit float, exactly."""
+    both = (words >> (4 * (Q % 4))) & 0x000F000F  # nibbles Q % 4 and Q % 4 + 4
     if dtype == tl.bfloat16:
         both = both | 0x43004300
         base = 128.0
     else:
         both = both | 0x64006400
         base = 1024.0
-    if HIGH:
+    if Q >= 4:
         both = both >> 16
-    return both.to(tl.int16).to(dtype, bitcast=True) - tl.full([], base, dtype)
+    return both.to(tl.int16).to(dtype, bitcast=True) - tl.full([], base + MIDDLE, dtype)
 
 
 @triton.jit
@@ -204,13 +204,15 @@ def tile_product(row, scale_row, zero_row, x_row, x_scale_row, begin, valid, K: 
         for first in tl.static_range(0, 8, PER):
             group = tl.minimum((begin + first * 16) // GROUP, SCALES - 1) if GROUP > 0 else 0
             part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if GROUP > 0 else acc
-            away = tl.full([BLOCK_N], MIDDLE, tl.float32)
             if zero_row is not None:
-                away = tl.load(zero_row + group).to(tl.float32)
+                away = tl.load(zero_row + group).to(dtype)[:, None]
             for q in tl.static_range(PER):
                 k = begin + (first + q) * 16 + i
                 h = tl.load(x_row[None, :] + k[:, None], mask=(k < K)[:, None] & valid, other=0.0)
-                w = pair_of_nibbles(words, (first + q) >= 4, (first + q) % 4, dtype) - away.to(dtype)[:, None]
+                if zero_row is not None:
+                    w = nibbles(words, first + q, 0, dtype) - away
+                else:
+                    w = nibbles(words, first + q, MIDDLE, dtype)
                 part = tl.dot(w, h, part)
             if GROUP > 0:
                 acc += part * tl.load(scale_row + group).to(tl.float32)[:, None]
@@ -468,7 +470,7 @@ def _gemm(call: Call, constants: dict[str, Any], t: Tile, dtype: torch.dtype | N
         "X_SCALES": x_scales, "INTEGER": dtype == torch.int8 and not (group or constants["GROUP"]), "BLOCK_N": t.n, "BLOCK_M": t.m, "BLOCK_K": t.k, "HEIGHT": 8,
         "SPLIT": t.split, "THREADS": 32 * t.warps, "PREFETCH": min(row_bytes, (16 << 10) // t.n) if k % (PLANES * t.split) == 0 and t.m <= 64 else 0,
     } | ({} if dtype is not None else {"x_scale": None})  # fmt: skip
-    functions = [quantized_gemm_kernel, tile_product, pair_of_nibbles, prefetch_rows, activate, tanh]
+    functions = [quantized_gemm_kernel, tile_product, nibbles, prefetch_rows, activate, tanh]
     grid = ((tokens, t.m), (width, t.n))
     if t.split == 1:
         launches.append(launch(call, functions, inputs | addends | {"out": Operand(out=0)} | num_rows, blocks, grid, scratch=scratch,

@@ -5,6 +5,7 @@ import torch
 
 import ingot.ops.triton
 from ingot.compiler.codegen.triton import compile_sources
+from ingot.ops import formats
 from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor
 from ingot.ops.target import GPU_ARCHES, Target
 
@@ -13,6 +14,15 @@ ingot.ops.triton.load()
 BF16, F16, F32, I32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.float8_e4m3fn
 DECODE, PREFILL = Steps(8, 8, 1, 8, True), Steps(1024, 64, 1024, 64, False)
 T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
+
+
+def quantized(form, activation, rows, n, k, act=None):
+    """A product of x [rows, k] with a weight in a format."""
+    plain = formats.get(form).quantize(torch.empty(n, k, dtype=BF16, device="meta"))
+    parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, "rows", 2 if act else 1).items()}
+    args = {"x": Tensor(BF16, (rows, k)), "weight": parts["weight"], "scale": parts["scale"], "zero": parts.get("zero"), "input_scale": None, "bias": None,
+            "residual": None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n}  # fmt: skip
+    return Call("quantized_linear", args, (Tensor(BF16, (rows, n // 2 if act else n)),))
 
 
 def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
@@ -26,6 +36,9 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
     q, head = Tensor(dtype, (T, h, e)), Tensor(dtype, (e,))
     square = Tensor(dtype, (hidden, hidden))
     return [
+        quantized("fp8_e4m3_channel", "fp8_e4m3_token", T, 4096, hidden, "silu"),
+        quantized("int4_group128", "none", T, 4096, hidden),
+        quantized("int8_channel", "int8_token", T, 4096, hidden),
         Call("rms_norm", {"x": x, "weight": weight, "eps": 1e-6, "offset": 0.0}, (x,)),
         Call("add_rms_norm", {"x": x, "residual": x, "weight": weight, "eps": 1e-6, "offset": 1.0}, (x, x)),
         Call("linear", {"x": x, "weight": square, "bias": None}, (x,)),
@@ -75,7 +88,16 @@ def test_quantized_caches_compile(isa, kv_dtype, steps):
     compile_sources(wanted, target, 2)
 
 
+@pytest.mark.parametrize("isa", ["sm_80", "sm_89"])
+def test_quantized_weights_compile(isa):
+    target = Target("cuda", isa, "")
+    wanted = [c for c in LLAMA if c.op == "quantized_linear" and (isa != "sm_80" or c.args["weight"].dtype != FP8)]
+    compile_sources([s for c in wanted for s in sources(c, DECODE, target, 1)], target, 2)
+
+
 def test_float8_is_declined_where_no_instruction_converts_it():
+    weights = [quantized("fp8_e4m3_channel", "none", T, 64, 64)]
+    assert not [c for call in weights for claim in CLAIMS[call.op, "triton"] for c in claim(call, DECODE, Target("cuda", "sm_86", ""))]
     for call in calls(32, 8, 128, 128, 2048, BF16, FP8):
         if "k_scale" in call.args:
             assert not [c for claim in CLAIMS[call.op, "triton"] for c in claim(call, DECODE, Target("cuda", "sm_86", ""))]

@@ -1,0 +1,147 @@
+"""Times the Triton kernels of quantized weights and KV caches at the shapes of llama-3.1-8b on this machine's GPU, every candidate, beside the floor.
+
+    python benchmarks/gpu_quantized.py results.json [part of a problem's name]
+
+As `gpu_kernels.py` measures. The floor is that of bytes, or of operations at the rate of their kind. A tie with bfloat16 is visible in
+the attention problems, which come in bfloat16 too, and in `gpu_kernels.py` for products.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_kernels import BF16, CACHE_BYTES, F32, I32, MATRIX_RATE, MODELS, PAGE, READ_RATE, S1, N, P, S, T, batch, microseconds
+
+from ingot.artifacts.gate import bind, relative, states
+from ingot.artifacts.launch_cuda import load
+from ingot.artifacts.plan import Kernel
+from ingot.compiler.codegen.triton import compile_sources
+from ingot.ops import OPS, formats
+from ingot.ops import triton as families
+from ingot.ops.dims import evaluate
+from ingot.ops.dummy import generate
+from ingot.ops.kernel import Call, Steps, Tensor, claimants
+from ingot.ops.quantize import LARGEST
+from ingot.ops.target import gpu
+
+MODEL = MODELS["llama-3.1-8b"]
+WEIGHTS = {
+    "int4": ("int4_group128", "none"), "fp8": ("fp8_e4m3_channel", "fp8_e4m3_token"), "int8": ("int8_channel", "int8_token"),
+    "w8a16": ("int8_channel", "none"), "fp8block": ("fp8_e4m3_block128", "fp8_e4m3_group128"),
+}  # fmt: skip
+ROWS = (1, 4, 16, 64, 256, 2048)
+
+
+def linear(kind: str, name: str, rows: int, k: int, n: int, act: str | None, residual: bool) -> tuple[str, Call, Steps, dict[str, Any], dict[str, int]]:
+    form, activation = WEIGHTS[kind]
+    plain = formats.get(form).quantize(torch.empty(n, k, dtype=BF16, device="meta"))
+    parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, "rows", 2 if act else 1).items()}
+    out = Tensor(BF16, (T, n // 2 if act else n))
+    args = {"x": Tensor(BF16, (T, k)), "weight": parts["weight"], "scale": parts["scale"], "zero": parts.get("zero"), "input_scale": None, "bias": None,
+            "residual": out if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n}  # fmt: skip
+    steps = Steps(rows, rows, 1, rows, True) if rows <= 256 else Steps(rows, 64, rows, 64, False)
+    return f"{kind} {name} {rows}", Call("quantized_linear", args, (out,)), steps, {}, {"T": rows}
+
+
+def attention(dtype: torch.dtype, seqs: int, context: int) -> tuple[str, Call, Steps, dict[str, Any], dict[str, int]]:
+    """A decode step's attention, rotation and write included."""
+    m = MODEL
+    sizes, values = batch(seqs, 1, context)
+    table, cache = Tensor(F32, (T, m.head_dim)), Tensor(dtype, (N, m.kv_heads, PAGE, m.head_dim))
+    scale = Tensor(F32, (N, m.kv_heads, PAGE)) if dtype in LARGEST else None
+    args = {"qkv": Tensor(BF16, (T, (m.heads + 2 * m.kv_heads) * m.head_dim)), "cos": table, "sin": table, "q_weight": None, "k_weight": None,
+            "k_cache": cache, "v_cache": cache, "slot_mapping": Tensor(I32, (T,)), "cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)),
+            "page_table": Tensor(I32, (S, P)), "sinks": None, "num_heads": m.heads, "num_kv_heads": m.kv_heads, "style": "neox", "eps": 0.0, "offset": 0.0,
+            "scale": m.head_dim**-0.5, "window": 0, "chunk": 0, "softcap": 0.0, "k_scale": scale, "v_scale": scale, "k_static": None,
+            "v_static": None}  # fmt: skip
+    call = Call("qkv_attention", args, (Tensor(BF16, (T, m.heads, m.head_dim)),))
+    return f"kv {str(dtype).removeprefix('torch.')} {seqs}@{context}", call, Steps(seqs, seqs, 1, seqs, True, PAGE), values, sizes
+
+
+def problems() -> list[tuple[str, Call, Steps, dict[str, Any], dict[str, int]]]:
+    m = MODEL
+    q, kv, d = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden
+    shapes = [
+        ("qkv", d, q + 2 * kv, None, False),
+        ("o", q, d, None, True),
+        ("gate_up", d, 2 * m.intermediate, "silu", False),
+        ("down", m.intermediate, d, None, True),
+    ]
+    found = [linear(kind, name, rows, k, n, act, residual) for kind in WEIGHTS for rows in ROWS for name, k, n, act, residual in shapes]
+    return found + [attention(dtype, *shape) for shape in ((32, 8192), (64, 1024), (1, 8192)) for dtype in (BF16, torch.float8_e4m3fn, torch.int8)]
+
+
+def inputs(call: Call, values: dict[str, Any], sizes: dict[str, int], seed: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for i, (name, arg) in enumerate(call.args.items()):
+        if name in values or not isinstance(arg, Tensor):
+            made[name] = values.get(name, arg)
+            continue
+        shape = tuple(evaluate(dim, sizes) for dim in arg.shape)
+        mean, std = 0.0, 1.0
+        if call.op == "quantized_linear" and arg.dtype.is_floating_point and name in ("weight", "scale", "zero"):
+            mean, std = formats.get(call.args["format"]).moments(name, call.args["x"].shape[1])
+        elif name in ("k_scale", "v_scale"):
+            mean, std = 1 / 64, 1 / 512
+        made[name] = generate(100 * seed + i, mean, std, shape, arg.dtype, "cuda")
+    return made
+
+
+def nbytes(values: dict[str, Any], outputs: list[torch.Tensor]) -> float:
+    return float(sum(t.numel() * t.itemsize for t in (*values.values(), *outputs) if isinstance(t, torch.Tensor)))
+
+
+def main(path: Path, wanted: str = "") -> None:
+    families.load()
+    target = gpu()
+    assert target is not None
+    todo = [(p, claimants(p[1], p[2], target)) for p in problems() if all(w in p[0].split() for w in wanted.split())]
+    sources = list({x.source: None for _, found in todo for c in found for x in c.launches if x.source.backend == "triton"})
+    kernels: dict[Any, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source, c in zip(sources, compile_sources(sources, target, os.cpu_count() or 1), strict=True):
+            file = Path(folder) / f"{c.name}.cubin"
+            file.write_bytes(c.binary)
+            kernels[source] = load(Kernel(c.name, source.family, "triton", c.symbol, file.name, "", c.num_warps, c.shared_bytes, c.launch_pdl), file)
+    print(f"{len(kernels)} kernels compiled", flush=True)
+    results = []
+    for (name, call, steps, values, sizes), found in todo:
+        first = inputs(call, values, sizes, 0)
+        size = nbytes(first, [])
+        copies = int(min(max(CACHE_BYTES / size, 1), 64)) + 1
+        sets = [first, *(inputs(call, values, sizes, seed) for seed in range(1, copies))]
+        rounds = [sets[i % copies] for i in range(max(copies, 10))]
+        before = {n: first[n].clone() for n in states(call)}
+        expected = OPS[call.op].reference(*first.values()) if size < 1e9 else None
+        for n, old in before.items():
+            first[n].copy_(old)
+        figures: dict[str, float] = {}
+        errors: dict[str, float] = {}
+        for candidate in found:
+            loaded = [kernels.get(x.source) for x in candidate.launches]
+            outputs, run = bind(candidate, call, first, sizes, loaded)
+            run()
+            if expected is not None:
+                errors[candidate.name] = relative(outputs[0], expected)
+            figures[candidate.name] = microseconds([bind(candidate, call, i, sizes, loaded)[1] for i in rounds])
+        flops = 2.0 * steps.max_tokens * call.args["n"] * call.args["x"].shape[1] if "n" in call.args else 0.0
+        rate = MATRIX_RATE * (1 if call.args.get("activation", "none") == "none" else 2)
+        floor = max(size / READ_RATE, flops / rate) * 1e6
+        order = sorted(figures, key=figures.__getitem__)
+        results.append({"problem": name, "floor_us": round(floor, 2), "candidates": {n: round(figures[n], 2) for n in order}, "errors": errors})
+        best = figures[order[0]]
+        print(f"{name:28} {best:8.2f} µs  floor {floor:8.2f}  {size / best / 1e6:6.3f} TB/s {flops / best / 1e6:7.1f} TFLOP/s  "
+              f"error {max(errors.values(), default=float('nan')):.0e}  " + "  ".join(f"{n} {figures[n]:.1f}" for n in order[:5]), flush=True)  # fmt: skip
+        del sets, rounds, first
+        torch.cuda.empty_cache()
+    path.write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:3])
