@@ -21,6 +21,8 @@ from .rates import Rates
 
 WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write")
 """Ops that have a cache among their arguments and do not read it."""
+MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", "ingot.moe", "ingot.grouped_linear")
+"""How the names of ops begin that multiply rows with weights."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
     for entries in nodes.values():
         roots = {values[n].root or n for e in entries for a in e.args for n in a.names()}
         out = values[entries[0].outputs[0]] if entries[0].outputs else None
-        multiplies = entries[0].target.startswith(("ingot.linear", "ingot.moe", "ingot.grouped_linear"))
+        multiplies = entries[0].target.startswith(MULTIPLIES)
         for weight in (weights[r] for r in sorted(roots) if r in weights):
             if multiplies and len(weight.shape) >= 2:
                 products.append(_product(weight, out, entries, values))
@@ -147,7 +149,8 @@ def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], valu
         experts = weight.shape[0]
         ids = next(v for e in entries for a in e.args for n in a.names() if (v := values[n]).dtype.startswith("int") and v.storage == "arena")
         rows = {n: c * (int(ids.shape[1]) if len(ids.shape) == 2 else 1) for n, c in _form(ids.shape[0]).items()}  # type: ignore[arg-type]
-    return Product(rows, math.prod(weight.shape), _nbytes(weight), experts)
+    elements = math.prod(weight.shape) * (8 if weight.dtype == "int32" else 1)  # a word holds eight codes of 4 bits
+    return Product(rows, elements, _nbytes(weight), experts)
 
 
 def _form(dim: Dim) -> dict[str, int]:
