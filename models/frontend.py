@@ -75,14 +75,13 @@ def build(config: transformers.PreTrainedConfig, dtype: torch.dtype, device: str
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what is traced is the mathematics; formats of weights are recipes
     name = architecture(config)
+    if getattr(config.get_text_config(decoder=True), "hidden_size", 1) == 0:
+        raise TraceError(f"{name} would be empty: hidden_size is 0 in its config.json; correct the config")
     try:
         with torch.device(device):
             model = getattr(transformers, name)._from_config(config, dtype=dtype, attn_implementation="eager").eval()
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as e:  # what modeling code raises on a bad size or name
         raise TraceError(f"transformers cannot build {name} from its config.json: {type(e).__name__}: {e}; correct the config") from e
-    first, weight = next(model.named_parameters())
-    if weight.numel() == 0:
-        raise TraceError(f"{name} would have an empty {first} {list(weight.shape)}: a size in its config.json is 0; correct the config")
     if dtype != torch.float32:
         kept = set(model._keep_in_fp32_modules_strict or ()) | (set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -108,7 +108,7 @@ def _config(file: Path, trust_remote_code: bool) -> PretrainedConfig:
     if kind in CONFIG_MAPPING or ("auto_map" in raw and trust_remote_code):
         try:
             return AutoConfig.from_pretrained(file.parent, trust_remote_code=trust_remote_code)
-        except (StrictDataclassError, ValueError, TypeError, KeyError) as e:
+        except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as e:
             raise SourceError(f"{file} does not describe a {kind} model: {e}") from None
     if "auto_map" in raw:
         raise SourceError(f"{file.parent} brings its own modeling code ({raw['auto_map']}): read it, then pass --trust-remote-code to run it")

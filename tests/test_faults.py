@@ -1,0 +1,289 @@
+"""What can go wrong between a model and its artifact: each fault is one clear error, and nothing that was there is lost.
+
+`tests/artifacts/` has the faults of the store and of artifacts alone, `tests/models/` those of checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.files import ArtifactError
+from ingot.artifacts.gate import run
+from ingot.artifacts.launch_tvm import load
+from ingot.artifacts.store import Store
+from ingot.compiler.build import CompileError, CompileOptions, compile_model
+from ingot.models import tiny
+from ingot.models.checkpoint import CheckpointError
+from ingot.models.source import SourceError
+from ingot.models.swaps.context import TraceError
+from ingot.ops.errors import IngotError
+
+ROOT = Path(__file__).parent.parent
+SERVER = Path(__file__).with_name("compile_server.py")
+OPTIONS = CompileOptions(target="x86-64-v3", dtype="float32", max_num_seqs=1, max_num_batched_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Path]:
+    """One layer, with weights and a tokenizer, where the user nobody may read it."""
+    parent = Path(tempfile.mkdtemp())
+    folder = parent / "tiny"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny.config("llama", num_hidden_layers=1)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "z": 127}}}))
+    for path in (parent, folder, *folder.iterdir()):
+        path.chmod(0o755)
+    yield folder
+    shutil.rmtree(parent)
+
+
+@pytest.fixture(scope="module")
+def warm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store that has every kernel, so that compiling again takes a second; this process compiles into it."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INGOT_HOME", str(home))
+        compile_model(str(model), OPTIONS)
+        yield Store(home)
+
+
+@pytest.fixture
+def store(warm: Store, model: Path) -> Iterator[Store]:
+    """Without the artifact, and afterwards with it again."""
+    (key,) = (listed.key for listed in warm.list())
+    warm.remove(key)
+    yield warm
+    compile_model(str(model), OPTIONS)
+
+
+class Compilers:
+    """Compilations as processes, forked from one that has imported everything."""
+
+    def __init__(self, model: Path) -> None:
+        self._server = subprocess.Popen([sys.executable, str(SERVER), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def start(self, home: Path, mode: str = "plain") -> int:
+        """The pid of a process that begins to compile."""
+        assert self._server.stdin is not None
+        self._server.stdin.write(f"{home} {mode}\n")
+        pid, word = self._read()
+        assert word == "started"
+        return pid
+
+    def finish(self, home: Path, mode: str = "plain") -> str:
+        """What a compilation says at its end."""
+        pid = self.start(home, mode)
+        who, word = self._read()
+        assert who == pid
+        return word
+
+    def kill(self, pid: int) -> None:
+        """kill −9, and what it had said by then is forgotten."""
+        assert self._server.stdout is not None
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+        self._server.stdout.close()
+
+    def _read(self) -> tuple[int, str]:
+        assert self._server.stdout is not None
+        line = self._server.stdout.readline()
+        assert line, "the server died"
+        pid, word = line.rstrip("\n").split(" ", 1)
+        return int(pid), word
+
+
+@pytest.fixture(scope="module")
+def compilers(model: Path) -> Iterator[Compilers]:
+    running = Compilers(model)
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.nightly)])
+def test_a_compiler_killed_at_any_moment_leaves_a_store_that_works(kills: int, compilers: Compilers, tmp_path: Path) -> None:
+    """The moments are spread over a whole compilation, its kernels' included; the next one succeeds, and nothing is left over."""
+    home, rng = tmp_path / "home", random.Random(kills)
+    start = time.perf_counter()
+    key = compilers.finish(home).removeprefix("compiled ")
+    duration = time.perf_counter() - start
+    digest = Store(home).open(key).manifest.digest
+    unfinished = 0
+    for i in range(kills):
+        shutil.rmtree(home)
+        pid = compilers.start(home)
+        time.sleep(duration * (i + rng.random()) / kills * 0.9)
+        compilers.kill(pid)
+        unfinished += Store(home).find(key) is None
+        for listed in Store(home).list():
+            assert listed.problem == ""
+        if i % 2:
+            Store(home).gc()
+            assert list((home / "building").glob("*")) == []
+    assert unfinished > kills // 2
+    assert compilers.finish(home) == f"compiled {key}"
+    assert Store(home).open(key).manifest.digest == digest
+    assert list((home / "building").iterdir()) == []
+
+
+def refuse(code: int) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize("operation", ["write_bytes", "pwrite", "fsync", "rename"])
+def test_a_full_disk_ends_a_compilation_with_a_remedy(operation: str, store: Store, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the disk is found to be full: at a kernel or plan, in the weights, at the flush, at the end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if operation == "write_bytes" else os, operation, refuse(errno.ENOSPC))
+        with pytest.raises(ArtifactError, match=r"cannot write .*No space left on device; free some space \(`ingot artifacts gc`\)"):
+            compile_model(str(model), OPTIONS)
+    assert store.list() == ()
+    assert list((store.home / "building").iterdir()) == []
+
+
+def test_a_file_that_may_not_grow_is_told(compilers: Compilers, warm: Store, tmp_path: Path) -> None:
+    """The operating system refuses a write in earnest, here by a limit that the weights exceed and no kernel does."""
+    shutil.copytree(warm.home / "blobs", tmp_path / "home" / "blobs")
+    shutil.copytree(warm.home / "kernels", tmp_path / "home" / "kernels")
+    said = compilers.finish(tmp_path / "home", "limit")
+    assert re.match(r"refused: cannot write .*weights\.bin: File too large; raise the limit", said), said
+    assert list((tmp_path / "home" / "building").iterdir()) == []
+
+
+@pytest.fixture
+def shared_home() -> Iterator[Path]:
+    """A folder that every user may reach."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder / "home"
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_read_only_store_gives_what_it_has_and_refuses_the_rest(compilers: Compilers, warm: Store, shared_home: Path) -> None:
+    (listed,) = warm.list()
+    shutil.copytree(warm.home / "artifacts", shared_home / "artifacts")
+    for path in (shared_home, *shared_home.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert compilers.finish(shared_home, "nobody") == f"compiled {listed.key}"
+    for path in (shared_home, shared_home / "artifacts"):
+        path.chmod(0o755)
+    shutil.rmtree(shared_home / "artifacts" / listed.key)
+    shared_home.chmod(0o555)
+    said = compilers.finish(shared_home, "nobody")
+    assert re.match(r"refused: cannot write .*Permission denied; write to a folder of your own \(INGOT_HOME", said), said
+
+
+def copy(model: Path, folder: Path, **config: Any) -> Path:
+    """The model with another config."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+LIES: list[tuple[dict[str, Any], type[IngotError], str]] = [
+    ({"hidden_size": 96}, CheckpointError, r"wrong: model\.embed_tokens\.weight should be \[128, 96\] and is \[128, 64\]"),
+    ({"vocab_size": 130}, CheckpointError, r"wrong: model\.embed_tokens\.weight should be \[130, 64\]"),
+    ({"num_attention_heads": 8}, CheckpointError, r"wrong: model\.layers\.0\.self_attn\.q_proj\.weight should be \[128, 64\]"),
+    ({"num_key_value_heads": 1}, CheckpointError, r"wrong: model\.layers\.0\.self_attn\.k_proj\.weight should be \[16, 64\]"),
+    ({"head_dim": 32}, CheckpointError, r"wrong: model\.layers\.0\.self_attn\.q_proj\.weight should be \[128, 64\]"),
+    ({"intermediate_size": 97}, CheckpointError, r"wrong: model\.layers\.0\.mlp\.gate_proj\.weight should be \[97, 64\]"),
+    ({"num_hidden_layers": 2}, CheckpointError, r"missing: model\.layers\.1\.self_attn"),
+    ({"num_hidden_layers": 0}, CheckpointError, r"surplus: model\.layers\.0\."),
+    ({"tie_word_embeddings": True}, CheckpointError, r"lm_head\.weight and model\.embed_tokens\.weight are tied by the config and differ"),
+    ({"hidden_size": 0}, IngotError, r"config\.json"),
+    ({"hidden_size": -64}, IngotError, r"config\.json"),
+    ({"num_attention_heads": 0}, IngotError, r"config\.json"),
+    ({"hidden_act": "nope"}, TraceError, r"cannot build LlamaForCausalLM from its config\.json: KeyError: 'nope'"),
+    ({"num_hidden_layers": "2"}, SourceError, r"config\.json does not describe a llama model"),
+    ({"max_position_embeddings": -1}, CompileError, r"a context of -1 tokens; correct max_position_embeddings"),
+]
+
+
+@pytest.mark.parametrize(("lie", "kind", "said"), LIES, ids=[json.dumps(lie) for lie, _, _ in LIES])
+def test_a_config_that_lies_is_found_before_the_long_work(
+    lie: dict[str, Any], kind: type[IngotError], said: str, warm: Store, model: Path, tmp_path: Path
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(kind, match=said):
+        compile_model(str(copy(model, tmp_path / "m", **lie)), OPTIONS, progress=lambda stage, done: stages.append(stage))
+    assert set(stages) <= {"trace"}
+    assert len(warm.list()) == 1
+    assert list((warm.home / "building").iterdir()) == []
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(warm: Store, model: Path, tmp_path: Path) -> None:
+    folder = copy(model, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {re.escape(name)} holds NaN or infinity; download"):
+        compile_model(str(folder), OPTIONS)
+    assert len(warm.list()) == 1
+    assert list((warm.home / "building").iterdir()) == []
+
+
+def test_a_tokenizer_of_another_model_is_refused(warm: Store, model: Path, tmp_path: Path) -> None:
+    folder = copy(model, tmp_path / "m")
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 128, "content": "<new>"}]}))
+    with pytest.raises(SourceError, match=r"the model's vocabulary of 128 does not: '<new>' \(128\)"):
+        compile_model(str(folder), OPTIONS)
+
+
+def test_a_kernel_that_cannot_be_loaded_is_named(warm: Store, tmp_path: Path) -> None:
+    """Not damaged since it was written, which its hash would tell, but nothing that this machine can load."""
+    (listed,) = warm.list()
+    kernel = Artifact.open(listed.path).manifest.kernels[0]
+    (tmp_path / "kernel.so").write_bytes(b"no shared object")
+    with pytest.raises(ArtifactError, match=r"kernel\.so cannot be loaded .*; compile the model on this machine"):
+        load(kernel, tmp_path / "kernel.so")
+
+
+def test_a_gate_record_that_cannot_be_written_is_told(warm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    (listed,) = warm.list()
+    artifact = Artifact.open(listed.path)
+    monkeypatch.setattr(Path, "write_bytes", refuse(errno.EROFS))
+    with pytest.raises(ArtifactError, match=r"cannot write .*gate\.json: Read-only file system; write to a folder of your own"):
+        run(artifact)
+
+
+def test_an_error_is_told_without_a_traceback(model: Path, tmp_path: Path) -> None:
+    """What a user of the command line sees of all these."""
+    folder = copy(model, tmp_path / "m", vocab_size=130)
+    command = [sys.executable, "-m", "ingot.serve.cli", "compile", str(folder), "--target", "x86-64-v3", "--dtype", "float32"]
+    done = subprocess.run(command, env=os.environ | {"INGOT_HOME": str(tmp_path / "home")}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"ingot: the checkpoint in {folder} does not fit LlamaForCausalLM with its config.json:\n  wrong: model.embed_tokens.weight" in done.stderr
