@@ -26,6 +26,9 @@ from ingot.runtime.batch import StepLayout, StepSize
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
 
+CONTEXT = 1024
+"""Tokens that the pages of each prompt hold."""
+
 
 def save_random(config: Path, folder: Path) -> None:
     """The model of `config` with transformers' own initialization, seed 0, in bfloat16."""
@@ -54,7 +57,7 @@ def run(executor: Executor, layout: StepLayout, prompts: list[list[int]], chunks
     for sizes in chunks:
         active = [s for s, n in enumerate(sizes) if n]
         tokens = sum(sizes)
-        size = StepSize(tokens, len(active), tokens, 1024)
+        size = StepSize(tokens, len(active), tokens, CONTEXT)
         batch = executor.batch(size)
         arrays, at = batch.arrays, 0
         arrays["logits_rows"][:tokens] = range(tokens)
@@ -65,9 +68,10 @@ def run(executor: Executor, layout: StepLayout, prompts: list[list[int]], chunks
             arrays["positions"][at : at + n] = positions
             arrays["cu_seqlens_q"][i + 1] = at + n
             arrays["seq_lens"][i] = begin + n
-            for group, _, _ in layout.page_groups:
-                arrays[f"page_table_{group}"][i] = range(s * 64, s * 64 + 64)
-                arrays[f"slot_mapping_{group}"][at : at + n] = [s * 1024 + p for p in positions]
+            for group, page_size, _ in layout.page_groups:
+                pages = CONTEXT // page_size
+                arrays[f"page_table_{group}"][i] = range(s * pages, (s + 1) * pages)
+                arrays[f"slot_mapping_{group}"][at : at + n] = [s * CONTEXT + p for p in positions]
             at += n
         captured &= executor.captured(size)
         logits, at = executor.logits(batch).float().cpu(), 0
@@ -107,7 +111,7 @@ def main() -> None:
     exact = reference(folder, prompts, torch.float32, device)
     theirs = error(reference(folder, prompts, getattr(torch, args.dtype), device), exact)
     plans = {v: artifact.plan(v) for v in artifact.manifest.variants}
-    memory = plan_memory(artifact, max(p.arena_bytes for p in plans.values()), max_model_len=1024, utilization=0.9, num_pages=64 * args.prompts)
+    memory = plan_memory(artifact, max(p.arena_bytes for p in plans.values()), max_model_len=CONTEXT, utilization=0.9, num_pages=64 * args.prompts)
     executor = Executor(artifact, plans, memory)
     layout = executor.layout
 

@@ -89,6 +89,10 @@ class Engine:
         """Whether `step` has something to do or to say."""
         return bool(self._requests or self._ended or self._in_flight)
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request has not ended."""
+        return request_id in self._requests
+
     def add(self, request: Request) -> None:
         """Queue a request. RequestError when it cannot be served; nothing else is affected then."""
         self._check(request)

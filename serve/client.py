@@ -41,7 +41,8 @@ class Generation:
         self._client.abort(list(self._open))
 
     async def arrivals(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """(choice, delta): all that came since the last time, until every choice has ended; choices of prompt i are i·n … i·n + n − 1.
+        """(choice, delta): all that came since the last time, one delta a choice, until every choice has ended; choices of prompt i are
+        i·n … i·n + n − 1.
 
         Raises RequestError or EngineLost.
         """
@@ -52,7 +53,7 @@ class Generation:
                 raise self._error
             arrived, self._arrived = self._arrived, []
             self._num_open -= sum(delta.finish_reason is not None for _, delta in arrived)
-            yield arrived
+            yield arrived if len(arrived) == 1 else _merged(arrived)
 
     def put(self, delta: Delta) -> None:
         self._arrived.append((self._open[delta.request_id] * self._params.n + delta.index, delta))
@@ -61,6 +62,31 @@ class Generation:
     def fail(self, error: Exception) -> None:
         self._error = error
         self._wake.set()
+
+
+def _merged(arrived: list[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+    """One delta for each choice: a reader that is behind catches up in one step."""
+    parts: dict[int, list[Delta]] = {}
+    for choice, delta in arrived:
+        parts.setdefault(choice, []).append(delta)
+    return [(choice, deltas[0] if len(deltas) == 1 else _join(deltas)) for choice, deltas in parts.items()]
+
+
+def _join(deltas: list[Delta]) -> Delta:
+    """What the deltas of one continuation say together."""
+    first, last = deltas[0], deltas[-1]
+    scored = [d.logprobs for d in deltas if d.logprobs is not None]
+    return Delta(
+        first.request_id,
+        first.index,
+        [t for d in deltas for t in d.token_ids],
+        "".join([d.text for d in deltas]),
+        [p for logprobs in scored for p in logprobs] if scored else None,
+        next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
+        last.finish_reason,
+        last.stop_reason,
+        next((d.usage for d in reversed(deltas) if d.usage is not None), None),
+    )
 
 
 @dataclass
@@ -78,7 +104,7 @@ class EngineClient(asyncio.Protocol):
     `ready` ends with the engine's `Ready` or with EngineLost; `lost` when the process has gone, for whatever reason.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, name: str) -> None:
         loop = asyncio.get_running_loop()
         self.loading = Loading("starting", 0.0)
         self.ready: asyncio.Future[Ready] = loop.create_future()
@@ -86,15 +112,16 @@ class EngineClient(asyncio.Protocol):
         self._metrics = metrics
         self._transport: asyncio.Transport
         self._buffer = bytearray()
+        self._name = name
         self._numbers = itertools.count()
         self._running: dict[str, _Running] = {}
         self._embeddings: dict[str, asyncio.Future[bytes]] = {}
         self._failure = "the engine's process ended unexpectedly; its last words are on stderr"
 
     @classmethod
-    async def connect(cls, sock: socket.socket, metrics: Metrics) -> Self:
-        """Speak to the engine at the other end of `sock`."""
-        _, client = await asyncio.get_running_loop().create_connection(lambda: cls(metrics), sock=sock)
+    async def connect(cls, sock: socket.socket, metrics: Metrics, name: str) -> Self:
+        """Speak to the engine at the other end of `sock`, which tells its clients' requests apart by their names."""
+        _, client = await asyncio.get_running_loop().create_connection(lambda: cls(metrics, name), sock=sock)
         return client
 
     @property
@@ -129,7 +156,7 @@ class EngineClient(asyncio.Protocol):
         """Send one request; its id. EngineLost when there is nobody to send it to."""
         if self.lost.done():
             raise self.lost.result()
-        request_id = str(next(self._numbers))
+        request_id = f"{self._name}-{next(self._numbers)}"
         self._running[request_id] = _Running(generation, self._metrics.begin(len(prompt), params.n), params.n)
         self._send(Add(Request(request_id, prompt, params, priority)))
         return request_id
@@ -155,6 +182,7 @@ class EngineClient(asyncio.Protocol):
             match decode_event(body):
                 case Step(deltas=deltas, stats=stats):
                     self._metrics.stats = stats
+                    self._metrics.generation_tokens.inc(sum([len(delta.token_ids) for delta in deltas]))
                     for delta in deltas:
                         self._deliver(delta)
                 case Embedded(request_id=request_id, vectors=vectors):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ingot.runtime.embedder import Embedder, batches
 
-from .connection import Connection
+from .connection import Clients
 from .messages import Abort, Embed, Embedded
 
 
@@ -21,19 +21,20 @@ class _Open:
     remaining: int
 
 
-def serve_embeddings(embedder: Embedder, connection: Connection) -> None:
-    """Run until ServerGone: take the requests that are there, compute a step of their texts, answer those that are complete."""
+def serve_embeddings(embedder: Embedder, clients: Clients) -> None:
+    """Run until ClientGone: take the requests that are there, compute a step of their texts, answer those that are complete."""
     waiting: deque[tuple[str, int, list[int], int]] = deque()  # (request, place in it, text, pooling)
     requests: dict[str, _Open] = {}
     while True:
-        for command in connection.receive(wait=not waiting):
+        for command in clients.receive(wait=not waiting):
             match command:
                 case Embed(request_id=name, token_ids=texts, pooling=pooling):
                     requests[name] = _Open(np.empty((len(texts), embedder.info.dimensions), np.float32), len(texts))
                     waiting.extend((name, i, text, pooling) for i, text in enumerate(texts))
                 case Abort(request_ids=names):
                     for name in names:
-                        requests.pop(name, None)
+                        if requests.pop(name, None) is not None:
+                            clients.forget(name)
         waiting = deque(w for w in waiting if w[0] in requests)
         if not waiting:
             continue
@@ -45,4 +46,4 @@ def serve_embeddings(embedder: Embedder, connection: Connection) -> None:
             request.vectors[place] = vector
             request.remaining -= 1
             if not request.remaining:
-                connection.send(Embedded(name, requests.pop(name).vectors.tobytes()))
+                clients.send(clients.forget(name), Embedded(name, requests.pop(name).vectors.tobytes()))

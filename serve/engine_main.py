@@ -11,13 +11,13 @@ from .process import Stages
 
 
 def main() -> int:
-    """`engine_main SOCKET CONFIG`; the exit code."""
+    """`engine_main SOCKET,… CONFIG`; the exit code."""
     stages = Stages("python")
     threading.Thread(target=make_context, daemon=True).start()
     stages.enter("import")
     from .engine_process import run
 
-    return run(int(sys.argv[1]), sys.argv[2], stages)
+    return run([int(fd) for fd in sys.argv[1].split(",")], sys.argv[2], stages)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from ingot.runtime.engine import EngineStats
+
+from .launch import SHARED_METRICS
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = tuple(2**i for i in range(0, 18))
 
 
 class Metrics:
-    """One registry a server, so that two servers in a process do not mix."""
+    """One registry a server, so that two servers in a process do not mix.
+
+    Of a server with several processes each one counts, and each one tells the sum (prometheus_client's multiprocess mode).
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -28,13 +35,14 @@ class Metrics:
         self.first_token = Histogram("ingot_time_to_first_token_seconds", "From a request's begin to its first token", buckets=_SECONDS, **registry)
         self.inter_token = Histogram("ingot_inter_token_latency_seconds", "Between two tokens of a request", buckets=_SECONDS, **registry)
         self.end_to_end = Histogram("ingot_request_latency_seconds", "From a request's begin to its end", buckets=_SECONDS, **registry)
-        self.ready_seconds = Gauge("ingot_ready_seconds", "From the server's start to ready", **registry)
-        self.start_seconds = Gauge("ingot_engine_start_seconds", "What the engine's process did until it was ready", ["stage"], **registry)
-        self.sequences = Gauge("ingot_sequences", "Sequences in the engine", ["state"], **registry)
-        self.pages = Gauge("ingot_kv_pages", "Pages of the KV cache", ["group", "state"], **registry)
-        self.preemptions = Gauge("ingot_preemptions", "Sequences that had to be computed again since the start", **registry)
-        self.prefix_queries = Gauge("ingot_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache since the start", **registry)
-        self.prefix_hits = Gauge("ingot_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache since the start", **registry)
+        latest = registry | {"multiprocess_mode": "mostrecent"}
+        self.ready_seconds = Gauge("ingot_ready_seconds", "From the server's start to ready", **latest)
+        self.start_seconds = Gauge("ingot_engine_start_seconds", "What the engine's process did until it was ready", ["stage"], **latest)
+        self.sequences = Gauge("ingot_sequences", "Sequences in the engine", ["state"], **latest)
+        self.pages = Gauge("ingot_kv_pages", "Pages of the KV cache", ["group", "state"], **latest)
+        self.preemptions = Gauge("ingot_preemptions", "Sequences that had to be computed again since the start", **latest)
+        self.prefix_queries = Gauge("ingot_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache since the start", **latest)
+        self.prefix_hits = Gauge("ingot_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache since the start", **latest)
         self.stats: EngineStats | None = None  # the engine's last
 
     def begin(self, num_prompt_tokens: int, n: int) -> list[Timer]:
@@ -56,7 +64,11 @@ class Metrics:
         """Prometheus' text format."""
         if self.stats is not None:
             self._show(self.stats)
-        return generate_latest(self._registry)
+        if SHARED_METRICS not in os.environ:
+            return generate_latest(self._registry)
+        everybody = CollectorRegistry()
+        MultiProcessCollector(everybody)
+        return generate_latest(everybody)
 
     def _show(self, stats: EngineStats) -> None:
         self.sequences.labels("running").set(stats.running)
@@ -89,7 +101,6 @@ class Timer:
             self._metrics.inter_token.observe((now - self._last) / count)
         self._last = now
         self._count += count
-        self._metrics.generation_tokens.inc(count)
 
     def end(self, reason: str) -> None:
         """It ended; a second end does not count."""

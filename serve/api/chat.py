@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from ..protocol.chat import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChatMessage, ChatRequest
 from ..protocol.errors import ApiError
 from ..service import Service
-from .exchange import answer, check, read, stream, until_disconnect
+from .exchange import HOLE, Event, TextEvents, answer, check, read, stream, until_disconnect
 from .logprobs import chat_logprobs
 from .tally import Tally
 
@@ -72,11 +72,18 @@ class _Job:
         finished = [ChatChoice(index=c.index, message=c.delta, logprobs=c.logprobs, finish_reason=c.finish_reason) for _, c in sorted(choices.items())]
         return ChatCompletion(**self._head, choices=finished, usage=self._tally.usage())
 
-    async def events(self) -> AsyncGenerator[ChatChunk, None]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """A chunk for each piece, and one for the usage when it is asked for."""
+        plain: dict[int, TextEvents] = {}
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
-                yield ChatChunk(**self._head, choices=[piece])
+                if piece.finish_reason is not None or piece.logprobs is not None or piece.delta.role is not None:
+                    yield ChatChunk(**self._head, choices=[piece])
+                    continue
+                if piece.index not in plain:
+                    hole = ChatDelta(index=piece.index, delta=ChatMessage(content=HOLE))
+                    plain[piece.index] = TextEvents(ChatChunk(**self._head, choices=[hole]))
+                yield plain[piece.index].json(piece.delta.content or "")
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             yield ChatChunk(**self._head, choices=[], usage=self._tally.usage())
 

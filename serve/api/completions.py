@@ -16,7 +16,7 @@ from ingot.runtime.request import Delta, SamplingParams, TokenLogprob
 from ..protocol.completion import Choice, Completion, CompletionRequest
 from ..protocol.errors import ApiError
 from ..service import Service
-from .exchange import answer, check, read, stream, until_disconnect
+from .exchange import HOLE, Event, TextEvents, answer, check, read, stream, until_disconnect
 from .logprobs import completion_logprobs
 from .tally import Tally
 
@@ -76,11 +76,17 @@ class _Job:
                     choices[piece.index] = piece
         return Completion(**self._head, choices=[choices[i] for i in sorted(choices)], usage=self._tally.usage())
 
-    async def events(self) -> AsyncGenerator[Completion, None]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """A response for each piece, and one for the usage when it is asked for."""
+        plain: dict[int, TextEvents] = {}
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
-                yield Completion(**self._head, choices=[piece])
+                if piece.finish_reason is not None or piece.logprobs is not None or piece.token_ids is not None:
+                    yield Completion(**self._head, choices=[piece])
+                    continue
+                if piece.index not in plain:
+                    plain[piece.index] = TextEvents(Completion(**self._head, choices=[Choice(index=piece.index, text=HOLE)]))
+                yield plain[piece.index].json(piece.text)
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             yield Completion(**self._head, choices=[], usage=self._tally.usage())
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Literal, TypeVar
 
+import msgspec
 import pydantic
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -62,13 +63,32 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def stream(request: Request, events: AsyncGenerator[pydantic.BaseModel, None]) -> Response:
+Event = pydantic.BaseModel | bytes
+"""An event of a stream, or its JSON."""
+
+
+class TextEvents:
+    """Events that differ in one string: the JSON around it is made once."""
+
+    def __init__(self, event: pydantic.BaseModel) -> None:
+        """`event`: one of them, its string `HOLE`."""
+        self._before, _, self._after = event.model_dump_json().encode().partition(_HOLE_JSON)
+
+    def json(self, text: str) -> bytes:
+        return self._before + msgspec.json.encode(text) + self._after
+
+
+HOLE = "\0hole"
+_HOLE_JSON = msgspec.json.encode(HOLE)
+
+
+async def stream(request: Request, events: AsyncGenerator[Event, None]) -> Response:
     """Server-sent events. What fails before the first event is an ordinary error response; what fails later, an event with the error."""
     first = await until_disconnect(request, anext(events))  # type: ignore[arg-type]
     return EventStream(_server_sent(first, events), media_type="text/event-stream")
 
 
-async def _server_sent(first: pydantic.BaseModel, events: AsyncGenerator[pydantic.BaseModel, None]) -> AsyncGenerator[bytes, None]:
+async def _server_sent(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
     try:
         yield _event(first)
         async for event in events:
@@ -80,8 +100,8 @@ async def _server_sent(first: pydantic.BaseModel, events: AsyncGenerator[pydanti
     yield b"data: [DONE]\n\n"
 
 
-def _event(event: pydantic.BaseModel) -> bytes:
-    return b"data: " + event.model_dump_json().encode() + b"\n\n"
+def _event(event: Event) -> bytes:
+    return b"data: " + (event if isinstance(event, bytes) else event.model_dump_json().encode()) + b"\n\n"
 
 
 def answer(response: pydantic.BaseModel) -> Response:

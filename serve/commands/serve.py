@@ -16,6 +16,7 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one; the ready line tells it.")] = 8000,
     api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", show_default=False)] = None,
+    api_workers: Annotated[int, typer.Option(min=1, help="Processes that speak HTTP, in front of one engine.")] = 1,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence, prompt and answer.", show_default=False)] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(min=0.05, max=1.0, help="Share of the GPU's memory to use.", show_default=False)] = None,
 ) -> None:
@@ -26,4 +27,4 @@ def serve_command(
     artifact = resolve(model_or_artifact, flags)
     options = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
     engine = EngineConfig(str(artifact), {k: v for k, v in options.items() if v is not None})
-    raise typer.Exit(run(ServerConfig(engine, host, port, api_key)))
+    raise typer.Exit(run(ServerConfig(engine, host, port, api_key, api_workers=api_workers)))
