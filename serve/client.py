@@ -136,7 +136,7 @@ class EngineClient(asyncio.Protocol):
         """Embeddings, not normalized, float32 [n, D] of checked texts. EngineLost; a call that is cancelled is taken back."""
         if self.lost.done():
             raise self.lost.result()
-        request_id, begin = str(next(self._numbers)), time.perf_counter()
+        request_id, begin = self._next_id(), time.perf_counter()
         answer = self._embeddings[request_id] = asyncio.get_running_loop().create_future()
         self._send(Embed(request_id, texts, pooling))
         try:
@@ -156,10 +156,13 @@ class EngineClient(asyncio.Protocol):
         """Send one request; its id. EngineLost when there is nobody to send it to."""
         if self.lost.done():
             raise self.lost.result()
-        request_id = f"{self._name}-{next(self._numbers)}"
+        request_id = self._next_id()
         self._running[request_id] = _Running(generation, self._metrics.begin(len(prompt), params.n), params.n)
         self._send(Add(Request(request_id, prompt, params, priority)))
         return request_id
+
+    def _next_id(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop requests and free what they hold; those that have ended are ignored."""

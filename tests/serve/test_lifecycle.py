@@ -158,3 +158,55 @@ def test_the_api_key_is_asked_for_and_tokens_need_no_tokenizer(start: Callable[.
         refused = http.post("/v1/completions", json={"prompt": [1], "stop": "x"})
         assert refused.status_code == 400
         assert "stop strings need a tokenizer" in refused.json()["error"]["message"]
+
+
+def metric(http: httpx.Client, start: str) -> float:
+    return sum(float(row.split()[-1]) for row in http.get("/metrics").text.splitlines() if row.startswith(start))
+
+
+@pytest.fixture(scope="module")
+def workers(start: Callable[..., Any]) -> Any:
+    """Three API processes before one engine."""
+    return start("load_slow_steps", options={"max_model_len": 1000}, api_workers=3, drain_seconds=20)
+
+
+def test_several_api_processes_answer_for_one_engine_and_count_together(workers: Any, fake: SimpleNamespace) -> None:
+    prompts = [[i, i + 1] for i in range(24)]
+    with workers.http(limits=httpx.Limits(max_keepalive_connections=0)) as http:  # a connection each: the kernel divides them
+        for prompt in prompts:
+            body = {"prompt": prompt, "max_tokens": 5, "temperature": 0, "return_token_ids": True}
+            assert http.post("/v1/completions", json=body).json()["choices"][0]["token_ids"] == fake.greedy(prompt, 5)
+        for _ in range(4):  # whoever answers
+            assert metric(http, 'ingot_requests_total{finish_reason="length"}') == 24
+            assert metric(http, "ingot_generation_tokens_total") == 24 * 5
+            assert metric(http, "ingot_ready_seconds") > 0
+        until(lambda: metric(http, "ingot_sequences{") == 0)
+
+
+def test_sigterm_drains_all_api_processes(workers: Any) -> None:
+    clients = [workers.http() for _ in range(8)]
+    try:
+        body = LONG | {"max_tokens": 60, "stream": True}
+        streams = [c.stream("POST", "/v1/completions", json=body) for c in clients]
+        lines = [s.__enter__().iter_lines() for s in streams]
+        for each in lines:
+            assert next(each).startswith("data: ")
+        workers.signal(signal.SIGTERM)
+        for each, stream in zip(lines, streams, strict=True):
+            rest = [line for line in each if line]
+            assert rest[-1] == "data: [DONE]"
+            assert '"finish_reason":"length"' in rest[-2]
+            stream.__exit__(None, None, None)
+    finally:
+        for client in clients:
+            client.close()
+    assert workers.wait() == 0
+    assert not any("Traceback" in line for line in workers.errors)
+
+
+def test_a_dead_engine_ends_all_api_processes(start: Callable[..., Any], fake: SimpleNamespace) -> None:
+    server = start(api_workers=2)
+    with server.http() as http:
+        lost = http.post("/v1/completions", json={"prompt": [1, fake.CRASH, 3]})
+        assert (lost.status_code, lost.json()["error"]["code"]) == (503, "lost")
+    assert server.wait() == 1
