@@ -52,16 +52,16 @@ def linear_recurrence(x: torch.Tensor, decay: torch.Tensor, lru_state: torch.Ten
     return out
 
 
-@op("wkv(Tensor k, Tensor v, Tensor decay, Tensor bonus, Tensor wkv_state, Tensor cu_seqlens_q, Tensor seq_lens, Tensor state_slots) -> (Tensor, Tensor)",
+@op("wkv(Tensor k, Tensor v, Tensor log_decay, Tensor bonus, Tensor wkv_state, Tensor cu_seqlens_q, Tensor seq_lens, Tensor state_slots) -> (Tensor, Tensor)",
     fake=lambda k, *rest: torch.empty_like(k, memory_format=torch.contiguous_format), states=("wkv_state",), host_sync=True)  # fmt: skip
-def wkv(k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, bonus: torch.Tensor, wkv_state: torch.Tensor, cu_seqlens_q: torch.Tensor,
+def wkv(k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, bonus: torch.Tensor, wkv_state: torch.Tensor, cu_seqlens_q: torch.Tensor,
         seq_lens: torch.Tensor, state_slots: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """RWKV-4's weighted mean of values (Peng et al. 2023): y_t = (Σ_{i<t} e^{(t−1−i)·decay + k_i} v_i + e^{bonus + k_t} v_t) / the same sum of weights.
+    """RWKV-4's weighted mean of values (Peng et al. 2023): y_t = (Σ_{i<t} e^{(t−1−i)·log_decay + k_i} v_i + e^{bonus + k_t} v_t) / the same sum of weights.
 
-    k and v [T, C], decay (negative) and bonus [C]; wkv_state [slots, 3, C] holds numerator, denominator and the exponent that both are scaled by.
+    k and v [T, C], log_decay (negative) and bonus [C]; wkv_state [slots, 3, C] holds numerator, denominator and the exponent that both are scaled by.
     """
     out = torch.zeros_like(k, memory_format=torch.contiguous_format)
-    w, u = decay.float(), bonus.float()
+    w, u = log_decay.float(), bonus.float()
     for begin, end, slot, fresh in segments(cu_seqlens_q, seq_lens, state_slots):
         a, b, top = wkv_state[slot].float()
         if fresh:

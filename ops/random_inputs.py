@@ -45,9 +45,13 @@ def _batch(sizes: dict[str, int], page_size: int, context: int, generator: torch
     pages = torch.randperm(seqs * width, generator=generator).view(seqs, width)
     positions = torch.cat([torch.arange(int(c), int(n)) for c, n in zip(cached, lens, strict=True)])
     seq = torch.repeat_interleave(torch.arange(seqs), starts.diff())
+    ends, farthest = positions + 1, int(lens.max())
+    ranks = torch.rand(tokens, farthest, generator=generator).masked_fill(torch.arange(farthest) >= ends[:, None], 2.0)
     slots = pages[seq, positions // page_size] * page_size + positions % page_size
     return {
         "cu_seqlens_q": starts, "seq_lens": lens, "page_table": pages, "slot_mapping": slots, "positions": positions,
+        "state_slots": torch.randperm(seqs * width, generator=generator)[:seqs],
+        "indices": torch.where(ranks.sort(-1).values < 2.0, ranks.argsort(-1), -1),  # of the past, in any order, without duplicates
         "num_pages": seqs * width, "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
     }  # fmt: skip
 
@@ -62,7 +66,7 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if arg.dtype == torch.int8:
         return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(device)
     if not arg.dtype.is_floating_point:
-        value = batch[name] if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
+        value = _like(batch[name], shape) if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
         return value.to(arg.dtype).to(device).contiguous()
     if name in _RANGES:
         low, high = _RANGES[name]
@@ -80,7 +84,19 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     return value.to(arg.dtype)
 
 
-_RANGES = {"temperature": (0.3, 1.5), "top_p": (0.3, 1.0), "min_p": (0.0, 0.05)}
+def _like(value: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """`value`, or of a list of indices for each token the first, with −1 where a sequence has fewer."""
+    if value.dim() < 2 or value.shape[1] == shape[1]:
+        return value
+    cut = torch.full(shape, -1, dtype=value.dtype)
+    cut[:, : value.shape[1]] = value[:, : shape[1]]
+    return cut
+
+
+_RANGES = {
+    "A": (-1.5, -0.1), "g": (-1.5, -0.05), "log_decay": (-1.5, -0.1), "decay": (0.05, 1.0), "beta": (0.0, 1.0), "wkv_state": (0.1, 1.0),
+    "temperature": (0.3, 1.5), "top_p": (0.3, 1.0), "min_p": (0.0, 0.05),
+}  # fmt: skip
 _BOUNDS = {"top_k": 64, "step": 1000, "seed": 1 << 31}
 
 

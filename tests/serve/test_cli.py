@@ -146,7 +146,7 @@ def test_the_store_lists_exports_imports_verifies_and_removes(ingot: Run, artifa
 
 def test_models_lists_what_the_oracle_found(ingot: Run) -> None:
     verdicts = json.loads(ingot("models", "--json").stdout)
-    assert {frozenset(v) for v in verdicts} == {frozenset({"architecture", "model_type", "admitted", "reason"})}
+    assert {frozenset(v) for v in verdicts} == {frozenset({"architecture", "model_type", "entry_point", "admitted", "reason"})}
     by_name = {v["architecture"]: v for v in verdicts}
     assert by_name["LlamaForCausalLM"]["admitted"]
     assert all(v["reason"] for v in verdicts if not v["admitted"])
