@@ -85,7 +85,7 @@ def _from_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelSourc
     file = folder / "config.json"
     if not file.is_file():
         raise SourceError(f"{folder} has no config.json; a model's folder holds the files that `save_pretrained` writes")
-    config = _config(file, trust_remote_code)
+    config = read_config(file, trust_remote_code)
     generation_file = folder / "generation_config.json"
     generation = _json(generation_file) if generation_file.is_file() else {}
     eos = generation.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
@@ -99,7 +99,8 @@ def _from_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelSourc
     )
 
 
-def _config(file: Path, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(file: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config in a config.json. SourceError when it describes no model that transformers defines."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 

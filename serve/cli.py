@@ -8,7 +8,7 @@ import typer
 
 from ingot.ops.errors import IngotError
 
-from .commands import artifacts, bench, compile, embed, generate, inspect, models, serve, tune
+from .commands import artifacts, bench, compile, embed, export, generate, inspect, models, serve, tune
 
 app = typer.Typer(
     name="ingot",
@@ -23,6 +23,7 @@ app.command("inspect")(inspect.inspect_command)
 app.command("models")(models.models_command)
 app.command("generate")(generate.generate_command)
 app.command("embed")(embed.embed_command)
+app.command("export")(export.export_command)
 app.command("serve")(serve.serve_command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(artifacts.app, name="artifacts")

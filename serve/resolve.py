@@ -39,7 +39,7 @@ def resolve(name: str, flags: CompileFlags) -> Path:
 
 
 def _resolve(name: str, flags: CompileFlags) -> Path:
-    found = _find(name)
+    found = find_artifact(name)
     if found is not None:
         return _as_it_is(found, name, flags)
     note = settings().home / "resolved" / _fingerprint(name, flags)
@@ -52,7 +52,8 @@ def _resolve(name: str, flags: CompileFlags) -> Path:
     return path
 
 
-def _find(name: str) -> Path | None:
+def find_artifact(name: str) -> Path | None:
+    """The folder of the artifact that `name` is, or is the key of; None when it is neither."""
     if (Path(name) / "manifest.json").is_file():
         return Path(name)
     if Path(name).exists() or not re.fullmatch(r"[0-9a-f]{8,64}", name):

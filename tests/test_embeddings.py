@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ import transformers
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.files import ArtifactError
 from ingot.compiler.build import CompileError, CompileOptions, compile_model
+from ingot.compiler.onnx.export import export_artifact
 from ingot.models import tiny
 from ingot.models.oracle import randomize
 from ingot.runtime import LLM, Embedder, RequestError
@@ -110,6 +112,15 @@ def test_a_long_text_is_an_error_unless_it_may_be_cut(embedder: Embedder) -> Non
     cut = embedder.encode(long, truncate=True)
     assert (len(cut), cut[0], cut[-1]) == (256, 101, 102)
     np.testing.assert_allclose(embedder.embed(long, truncate=True), embedder.embed("bread " * 254), atol=1e-6)
+
+
+def test_an_artifact_exports_to_onnx(embedder: Embedder, minilm: Path, tmp_path: Path) -> None:
+    export_artifact(minilm, tmp_path / "minilm.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "minilm.onnx"))
+    for text in TEXTS:
+        ids = np.array([embedder.encode(text)])
+        [vector] = session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        np.testing.assert_allclose(vector, embedder.embed(text), atol=1e-6)
 
 
 def test_what_cannot_be_embedded_says_why(embedder: Embedder, minilm: Path) -> None:
