@@ -16,10 +16,11 @@ def capture(plan: BoundPlan, pool: Any) -> torch.cuda.CUDAGraph:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         plan.run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        stream.synchronize()
+        graph.capture_begin(pool)  # torch.cuda.graph would empty the allocator's cache each time
         plan.run()
+        graph.capture_end()
     return graph

@@ -14,7 +14,11 @@ def main() -> int:
     """`engine_main SOCKET,… CONFIG`; the exit code."""
     stages = Stages("python")
     threading.Thread(target=make_context, daemon=True).start()
-    stages.enter("import")
+    stages.enter("import torch")
+    from ingot.runtime.import_torch import import_torch
+
+    import_torch()
+    stages.enter("import Ingot")
     from .engine_process import run
 
     return run([int(fd) for fd in sys.argv[1].split(",")], sys.argv[2], stages)

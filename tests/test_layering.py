@@ -84,6 +84,11 @@ def test_importing_what_serves_loads_no_generator():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
+def test_the_process_that_talks_http_needs_no_torch():
+    code = "import sys, ingot.serve.server, ingot.serve.resolve, ingot.serve.commands.serve; print(*({'torch', 'numba', 'sympy', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
 @pytest.mark.parametrize("name", ["request", "kv_cache", "scheduler"])
 def test_scheduling_needs_no_torch(name):
     assert not [line for module, line in imports(ROOT / "runtime" / f"{name}.py") if module.split(".")[0] == "torch"]

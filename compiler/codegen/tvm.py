@@ -1,7 +1,9 @@
-"""TVMScript → shared objects, in worker processes: TVM takes seconds to import, and its defects are segfaults."""
+"""TVMScript → shared objects, in worker processes that stay: TVM takes seconds to import, and its defects are segfaults."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -72,26 +74,58 @@ def compile_sources(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
         launcher = Path(folder) / "launcher.o"
         subprocess.run(["cc", "-O2", "-fPIC", "-c", str(_LAUNCHER), "-o", str(launcher)], check=True)
-        work = partial(_run_worker, target=llvm_target(target), launcher=launcher, finished=lambda: progress(next(done), len(missing)))
+        work = partial(_compile_share, target=json.dumps(llvm_target(target)), launcher=launcher, finished=lambda: progress(next(done), len(missing)))
         list(pool.map(work, shares))
     return outputs
 
 
-def _run_worker(share: list[tuple[Path, Source]], target: dict[str, Any], launcher: Path, finished: Callable[[], None]) -> None:
-    requests = "".join(f"{source.symbol}\t{path.with_suffix('.py')}\t{path}\n" for path, source in share)
-    command = [sys.executable, "-P", str(_WORKER), json.dumps(target), str(launcher)]
-    with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
-        stdin.write(requests)
-        stdin.seek(0)
-        with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True) as worker:
-            assert worker.stdout is not None
-            for _ in worker.stdout:
-                finished()
-        stderr.seek(0)
-        message = stderr.read()[-2000:].strip()
-    if worker.returncode == 0:
-        return
-    failed = next((path for path, _ in share if not path.exists()), None)
-    what = f"kernel {failed.stem} did not compile (source: {failed.with_suffix('.py')})" if failed else "the compiler worker failed"
-    how = f"killed by signal {-worker.returncode}" if worker.returncode < 0 else f"exit status {worker.returncode}"
-    raise CodegenError(f"{what}: {how}\n{message}")
+def _compile_share(share: list[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
+    worker = _idle.pop() if _idle else _Worker()
+    for path, source in share:
+        worker.compile(source.symbol, path, launcher, target)
+        finished()
+    _idle.append(worker)  # one that failed has ended, and does not come here
+
+
+class _Worker:
+    """A process that has imported TVM. It serves all compilations of this process one after another, and ends with it."""
+
+    def __init__(self) -> None:
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the worker)
+        self._process = subprocess.Popen([sys.executable, "-P", str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
+
+    def compile(self, symbol: str, path: Path, launcher: Path, target: str) -> None:
+        """Write `path` from the text beside it. CodegenError, after which the worker is of no use."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{symbol}\t{path.with_suffix('.py')}\t{path}\t{launcher}\t{target}\n")
+            process.stdin.flush()
+        if process.stdout.readline():
+            return
+        code = process.wait()
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        self._stderr.seek(0)
+        message = self._stderr.read()[-2000:].strip()
+        self._stderr.close()
+        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        raise CodegenError(f"kernel {path.stem} did not compile (source: {path.with_suffix('.py')}): {how}\n{message}")
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._stderr.close()
+
+
+_idle: list[_Worker] = []
+
+
+@atexit.register
+def _close_idle() -> None:
+    while _idle:
+        _idle.pop().close()

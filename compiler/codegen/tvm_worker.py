@@ -1,9 +1,9 @@
 """Compiles TVMScript files to shared objects; run as a program, because a defect in TVM's code generation is a segfault.
 
-    python tvm_worker.py <LLVM target as JSON> <launcher.o>  < requests
+    python tvm_worker.py  < requests
 
-A request is a line `symbol <tab> source path <tab> .so path`, answered by a line when it is done. A shared object appears
-whole or not at all, and the first failure ends the program. Imports neither torch nor the rest of Ingot.
+A request is a line `symbol <tab> source path <tab> .so path <tab> launcher.o <tab> LLVM target as JSON`, answered by a line when it
+is done. A shared object appears whole or not at all, and the first failure ends the program. Imports neither torch nor the rest of Ingot.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ if __name__ == "__main__":
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a compiler that is killed leaves nobody at work
     sys.excepthook = sys.__excepthook__  # TVM's own says nothing of what is wrong with a script
     for line in sys.stdin:
-        symbol, source, output = line.rstrip("\n").split("\t")
-        compile_file(symbol, source, output, Target(json.loads(sys.argv[1])), sys.argv[2])
+        symbol, source, output, launcher, target = line.rstrip("\n").split("\t")
+        compile_file(symbol, source, output, Target(json.loads(target)), launcher)
         print(output, flush=True)
