@@ -1,4 +1,4 @@
-"""`ingot bench startup`: from the start of a server's process to the first token that it sends, each time a new server."""
+"""`ingot bench startup`: from the start of a process to its first token, each time a new one: of `ingot generate`, or of a server."""
 
 from __future__ import annotations
 
@@ -18,24 +18,34 @@ from ingot.ops.errors import IngotError
 
 
 class StartFailed(IngotError):
-    """The server that was to be timed did not start, or did not answer."""
+    """The process that was to be timed did not start, or did not answer."""
 
 
-def run(path: Path, repeats: int, progress: Callable[[str, float], None]) -> dict[str, Any]:
-    """Medians in seconds: `ready` when requests are taken, `first_token`, and the engine's stages, which end when it is ready.
+def run(path: Path, repeats: int, server: bool, progress: Callable[[str, float], None]) -> dict[str, Any]:
+    """Medians in seconds: `ready` when requests are taken, `first_token`, and the stages of the process that runs the engine until it is ready.
 
     The first run may read a cold disk: it is given apart.
     """
     runs = []
     for i in range(repeats + 1):
         progress(f"start {i + 1} of {repeats + 1}", i / (repeats + 1))
-        runs.append(_start(path))
+        runs.append((_serve if server else _generate)(path))
     stages = {name: statistics.median(r["stages"].get(name, 0.0) for r in runs[1:]) for name in runs[-1]["stages"]}
     medians = {name: statistics.median(r[name] for r in runs[1:]) for name in ("ready", "first_token")}
-    return {"artifact": str(path), "seconds": medians, "stages": stages, "first_run_seconds": {name: runs[0][name] for name in medians}}
+    first = {name: runs[0][name] for name in medians}
+    return {"artifact": str(path), "process": "serve" if server else "generate", "seconds": medians, "stages": stages, "first_run_seconds": first}
 
 
-def _start(path: Path) -> dict[str, Any]:
+def _generate(path: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "ingot.serve.cli", "generate", str(path), "--prompt-ids", "1,2,3", "--max-tokens", "1", "--ignore-eos", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise StartFailed(f"{' '.join(command[2:])} failed: {done.stderr.strip()}")
+    timing = json.loads(done.stdout)["timing"]
+    return {"ready": timing["ready"], "first_token": timing["ready"] + timing["first_token"], "stages": timing["stages"]}
+
+
+def _serve(path: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "ingot.serve.cli", "serve", str(path), "--port", "0"]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:

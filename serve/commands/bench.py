@@ -65,15 +65,21 @@ def throughput(
 
 @app.command()
 @takes_compile_flags
-def startup(flags: CompileFlags, name: Name, repeats: Repeats = 3, as_json: Json = False) -> None:
-    """Seconds from the start of a process to its first token."""
+def startup(
+    flags: CompileFlags,
+    name: Name,
+    repeats: Repeats = 3,
+    server: Annotated[bool, typer.Option("--server", help="Of ingot serve, over HTTP, instead of ingot generate.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Seconds from the start of a process to its first token, and what they were spent on."""
     from ..bench import startup
     from ..progress import StageBar
     from ..resolve import resolve
 
     artifact = resolve(name, flags)
     with StageBar("bench startup") as bar:
-        result = startup.run(artifact, repeats, bar.update)
+        result = startup.run(artifact, repeats, server, bar.update)
     _show(result, as_json)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..flags import CompileFlags, takes_compile_flags
-from ..process import age
+from ..process import Stages, age
 
 if TYPE_CHECKING:
     from ingot.runtime.engine import Engine
@@ -68,17 +68,22 @@ def generate_command(
 
     from ..resolve import resolve
 
+    stages = Stages("python")
     artifact = resolve(model_or_artifact, flags)
+    from ..prepare import prepare
+
+    prepare(stages)
     from ingot.runtime.engine import EngineOptions
     from ingot.runtime.load import load_engine
 
     from ..progress import StageBar
 
     with StageBar("loading") as bar:
-        engine = load_engine(artifact, EngineOptions(), bar.update)
+        engine = load_engine(artifact, EngineOptions(), stages.watching(bar.update))
+    stages.enter("ready")
     ready = age()
     if as_json:
-        print(json.dumps(_as_json(_run(engine, given, params, lambda delta: None), ready)))
+        print(json.dumps(_as_json(_run(engine, given, params, lambda delta: None), ready, stages.seconds)))
     else:
         _run(engine, given, params, lambda delta: print(delta.text or _numbers(engine, delta), end="", flush=True))
         print()
@@ -110,7 +115,7 @@ def _numbers(engine: Engine, delta: Delta) -> str:
     return "" if engine.tokenizer is not None else "".join(f"{t} " for t in delta.token_ids)
 
 
-def _as_json(output: RequestOutput, ready: float) -> dict[str, Any]:
+def _as_json(output: RequestOutput, ready: float, stages: dict[str, float]) -> dict[str, Any]:
     """What `--json` prints. Log-probabilities are natural; `top_…` are [token id, log-probability] pairs, best first."""
     completion, timing = output.outputs[0], output.timing
     return {
@@ -124,6 +129,7 @@ def _as_json(output: RequestOutput, ready: float) -> dict[str, Any]:
         "top_prompt_logprobs": _tops(output.prompt_logprobs),
         "timing": {
             "ready": ready,  # seconds from the start of the process
+            "stages": stages,  # what they were spent on, in order
             "first_token": timing.first_token,  # seconds from then on
             "total": timing.total,
             "tokens_per_second": (len(completion.token_ids) - 1) / (timing.total - timing.first_token) if len(completion.token_ids) > 1 else None,

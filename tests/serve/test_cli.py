@@ -45,7 +45,7 @@ def test_help_is_instant_and_names_every_verb(ingot: Run) -> None:
         (("serve",), "--host --port --api-key --max-model-len --gpu-memory-utilization --target --max-num-seqs"),
         (("bench", "latency"), "--batch --prefill --repeats --json --dummy-weights"),
         (("bench", "throughput"), "--requests --json --dummy-weights"),
-        (("bench", "startup"), "--repeats --json --dummy-weights"),
+        (("bench", "startup"), "--repeats --server --json --dummy-weights"),
         (("bench", "serve"), "--model --requests --rate --concurrency --prompt-tokens --output-tokens --prompts --chat --seed --json"),
     ],
 )
