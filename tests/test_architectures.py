@@ -14,9 +14,9 @@ from ingot.runtime.request import SamplingParams
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory):
+def home(shared_home: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INGOT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("INGOT_HOME", str(shared_home))
         yield
 
 

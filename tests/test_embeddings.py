@@ -28,9 +28,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory):
+def home(shared_home: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INGOT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("INGOT_HOME", str(shared_home))
         yield
 
 

@@ -17,11 +17,10 @@ NUM_PROMPTS, NEW_TOKENS = 50, 16
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in float32, in a store of its own."""
-    home = tmp_path_factory.mktemp("home")
+def artifact(shared_home: Path) -> Path:
+    """The bundled model in float32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INGOT_HOME", str(home))
+        patch.setenv("INGOT_HOME", str(shared_home))
         options = CompileOptions(target="cpu", dtype="float32", max_num_seqs=64, max_num_batched_tokens=512)
         return compile_model("bundled", options).path
 

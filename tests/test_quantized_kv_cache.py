@@ -14,9 +14,9 @@ from ingot.runtime.request import SamplingParams
 
 
 @pytest.fixture(scope="module", params=["fp8", "int8"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(request: pytest.FixtureRequest, shared_home: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INGOT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("INGOT_HOME", str(shared_home))
         options = CompileOptions(target="cpu", dtype="float32", kv_cache_dtype=request.param, max_num_seqs=16, max_num_batched_tokens=64)
         return compile_model("bundled", options).path
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,12 +76,12 @@ def compile_sources(
         launcher = Path(folder) / "launcher.o"
         subprocess.run(["cc", "-O2", "-fPIC", "-c", str(_LAUNCHER), "-o", str(launcher)], check=True)
         work = partial(_compile_share, target=json.dumps(llvm_target(target)), launcher=launcher, finished=lambda: progress(next(done), len(missing)))
-        list(pool.map(work, shares))
+        # taken here: a worker is killed with the thread that started it
+        list(pool.map(work, [_take() for _ in shares], shares))
     return outputs
 
 
-def _compile_share(share: list[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
-    worker = _idle.pop() if _idle else _Worker()
+def _compile_share(worker: _Worker, share: list[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
     for path, source in share:
         worker.compile(source.symbol, path, launcher, target)
         finished()
@@ -93,6 +94,11 @@ class _Worker:
     def __init__(self) -> None:
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the worker)
         self._process = subprocess.Popen([sys.executable, "-P", str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it waits for work: it may have been killed meanwhile."""
+        return self._process.poll() is None
 
     def compile(self, symbol: str, path: Path, launcher: Path, target: str) -> None:
         """Write `path` from the text beside it. CodegenError, after which the worker is of no use."""
@@ -116,13 +122,34 @@ class _Worker:
     def close(self) -> None:
         """Let it end."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._stderr.close()
 
 
+def _take() -> _Worker:
+    """An idle worker, or a new one."""
+    while _idle:
+        worker = _idle.pop()
+        if worker.alive:
+            return worker
+        worker.close()
+    return _Worker()
+
+
 _idle: list[_Worker] = []
+_parents: list[_Worker] = []
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked: workers talk to the one that started them."""
+    _parents.extend(_idle)
+    _idle.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @atexit.register

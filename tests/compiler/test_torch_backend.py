@@ -33,8 +33,8 @@ class Layer(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("INGOT_HOME", str(tmp_path_factory.mktemp("home")))
+def fresh(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("INGOT_HOME", str(shared_home))
     torch._dynamo.reset()
     torch.manual_seed(0)
     with torch.no_grad():

@@ -21,8 +21,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return os.environ | {"INGOT_HOME": str(tmp_path_factory.mktemp("home")), "INGOT_NUM_THREADS": "1"}
+def env(shared_home: Path) -> dict[str, str]:
+    return os.environ | {"INGOT_HOME": str(shared_home), "INGOT_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
