@@ -314,7 +314,8 @@ def qkv_attention_cases():
         "split_all": case(decode, "gptj_half", 3, 1, 40, 24, 12, max_seqs=16, window=50, softcap=5.0, sinks=True),
         "sinks": case(decode, "neox", 6, 2, 24, 24, 24, norms=False, max_seqs=500, sinks=True, chunk=64),
         "ragged": case(Batch((0, 70, 33), (19, 1, 7), 2), "neox", 4, 2, 32, 32, 32, exact=False),
-        "fp8": case(decode, "neox", 4, 2, 32, 40, 32, max_seqs=500, dtype=FP8),
+        "fp8": case(decode, "neox", 4, 2, 32, 64, 32, max_seqs=500, dtype=FP8),
+        "int8_words": case(decode, "neox", 4, 2, 32, 64, 32, max_seqs=20, dtype=INT8),
         "int8_split_all": case(decode, "neox", 6, 2, 40, 24, 24, norms=False, max_seqs=20, window=50, softcap=5.0, sinks=True, dtype=INT8, static=(1, 1)),
     }
 
