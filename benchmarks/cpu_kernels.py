@@ -64,7 +64,7 @@ def quantized(plain: Call, method: str, is_head: bool) -> Call:
     tensors = {name: Tensor(p.dtype, tuple(p.shape)) for name, p in parts.items()}
     args = {"x": plain.args["x"], "weight": None, "scale": None, "zero": None, **tensors, "input_scale": None, "bias": None}
     args |= {"residual": plain.args.get("residual"), "act": act, "format": form.name, "layout": form.layout(host()), "activation": chosen[1], "n": n}
-    return Call("quantized_linear", args, plain.results)
+    return Call("quantized_linear", args | {"norm_weight": None, "eps": None, "offset": 0.0}, plain.results)
 
 
 def read_source() -> Source:

@@ -44,7 +44,8 @@ def linear(kind: str, name: str, rows: int, k: int, n: int, act: str | None, res
     parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, "rows", 2 if act else 1).items()}
     out = Tensor(BF16, (T, n // 2 if act else n))
     args = {"x": Tensor(BF16, (T, k)), "weight": parts["weight"], "scale": parts["scale"], "zero": parts.get("zero"), "input_scale": None, "bias": None,
-            "residual": out if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n}  # fmt: skip
+            "residual": out if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n,
+            "norm_weight": None, "eps": None, "offset": 0.0}  # fmt: skip
     steps = Steps(rows, rows, 1, rows, True) if rows <= 256 else Steps(rows, 64, rows, 64, False)
     return f"{kind} {name} {rows}", Call("quantized_linear", args, (out,)), steps, {}, {"T": rows}
 

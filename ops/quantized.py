@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from . import formats
 from .dialect import op
 from .glu import glu
+from .norm import rms_norm
 
 
 def int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,17 +53,21 @@ def round_activation(x: torch.Tensor, activation: str, input_scale: torch.Tensor
 
 
 @op("quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? input_scale, Tensor? bias, Tensor? residual, str? act, "
-    "str format, str layout, str activation, int n) -> Tensor",
-    fake=lambda x, weight, scale, zero, input_scale, bias, residual, act, format, layout, activation, n: x.new_empty(*x.shape[:-1], n // 2 if act else n),
+    "str format, str layout, str activation, int n, Tensor? norm_weight=None, float? eps=None, float offset=0.0) -> Tensor",
+    fake=lambda x, weight, scale, zero, input_scale, bias, residual, act, format, layout, activation, n, *norm: x.new_empty(
+        *x.shape[:-1], n // 2 if act else n),
     rowwise=True)  # fmt: skip
 def quantized_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, input_scale: torch.Tensor | None,
                      bias: torch.Tensor | None, residual: torch.Tensor | None, act: str | None, format: str, layout: str, activation: str,
-                     n: int) -> torch.Tensor:  # fmt: skip
-    """x [..., K], rounded as `activation` says, · W [n, K]ᵀ + bias [n] + residual [..., n] → [..., n]; with `act`: glu of that → [..., n/2].
+                     n: int, norm_weight: torch.Tensor | None = None, eps: float | None = None, offset: float = 0.0) -> torch.Tensor:  # fmt: skip
+    """x [..., K], with `eps` normalized by `rms_norm` first, rounded as `activation` says, · W [n, K]ᵀ + bias [n] + residual [..., n]
+    → [..., n]; with `act`: glu of that → [..., n/2].
 
     W is what the packed parts (weight, scale, zero) mean; with `act` its two halves were packed one after the other, so that the
     tiles of a layout do not mix gate and up.
     """
+    if eps is not None:
+        x = rms_norm(x, norm_weight, eps, offset)
     parts = {name: part for name, part in (("weight", weight), ("scale", scale), ("zero", zero)) if part is not None}
     w = formats.get(format).dequantize(formats.unpacked(parts, format, layout, n, x.shape[-1], 2 if act else 1))
     out = F.linear(round_activation(x, activation, input_scale).to(x.dtype), w.to(x.dtype), None if bias is None else bias.to(x.dtype))

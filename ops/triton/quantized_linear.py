@@ -34,9 +34,9 @@ PLANES = 128
 
 
 @triton.jit
-def quantize_rows_kernel(x, input_scale, codes, scales, num_rows, K: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr,
-                         BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """A program rounds BLOCK_M rows, or GROUP columns of them; scales [rows, groups]."""
+def quantize_rows_kernel(x, norm_weight, input_scale, codes, scales, num_rows, K: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr,
+                         EPS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A program rounds BLOCK_M rows, with EPS normalized first, or GROUP columns of them; scales [rows, groups]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -46,6 +46,10 @@ def quantize_rows_kernel(x, input_scale, codes, scales, num_rows, K: tl.constexp
     mask = (m < num_rows) & (k < K) & (k < (group + 1) * GROUP)
     at = m.to(tl.int64) * K + k
     h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if EPS is not None:
+        h *= tl.rsqrt(tl.sum(h * h, 1) / K + EPS)[:, None]
+        if norm_weight is not None:
+            h *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
     if input_scale is not None:
         by = tl.load(input_scale) + tl.zeros([BLOCK_M, 1], tl.float32)
     else:
@@ -74,8 +78,18 @@ def rounded_row(h, by, ROUND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.con
 
 
 @triton.jit
-def row_product(row, scale_row, zero_row, x, begin, by, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-                MIDDLE: tl.constexpr, ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def columns_of(x, norm_weight, k, K: tl.constexpr, OFFSET: tl.constexpr):
+    """Columns k of the row x, times the norm's weight if there is one."""
+    h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if norm_weight is not None:
+        h *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
+    return h
+
+
+@triton.jit
+def row_product(row, scale_row, zero_row, x, norm_weight, begin, by, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                MIDDLE: tl.constexpr, ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
     """Products [BLOCK_N, BLOCK_K / (8 or 1)] of a block of weight rows with x, to be added up."""
     if BITS == 4:
         j = begin // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
@@ -89,7 +103,7 @@ def row_product(row, scale_row, zero_row, x, begin, by, K: tl.constexpr, WORDS: 
             total = tl.zeros([1, BLOCK_K // 8], tl.float32)
             for q in tl.static_range(PER):
                 k = j // 16 * 128 + (first + q) * 16 + j % 16
-                h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+                h = columns_of(x, norm_weight, k, K, OFFSET)
                 total += h
                 part += nibble(words, first + q) * h
             if GROUP > 0:
@@ -107,7 +121,7 @@ def row_product(row, scale_row, zero_row, x, begin, by, K: tl.constexpr, WORDS: 
     else:
         k = begin + tl.arange(0, BLOCK_K)[None, :]
         w = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
-        h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        h = columns_of(x, norm_weight, k, K, OFFSET)
         if ROUND is not None:
             h = rounded_row(h, by, ROUND, X_GROUP, LARGEST)
         if zero_row is not None:
@@ -118,11 +132,15 @@ def row_product(row, scale_row, zero_row, x, begin, by, K: tl.constexpr, WORDS: 
 
 
 @triton.jit
-def quantized_gemv_kernel(x, input_scale, weight, scale, zero, bias, residual, out, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
+def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias, residual, out, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
                           BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr,
-                          ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                          ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row of x, which every program rounds for itself. A row of the weight has WORDS elements of memory and SCALES scales; SCALE_ROWS rows share them."""
+                          ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
+                          PDL: tl.constexpr):  # fmt: skip
+    """One row of x, which every program normalizes and rounds for itself: a norm's factor multiplies the result, or the scale of codes.
+
+    A row of the weight has WORDS elements of memory and SCALES scales; SCALE_ROWS rows share them.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(n, N - 1).to(tl.int64)
     row = weight + inside * WORDS
@@ -134,15 +152,24 @@ def quantized_gemv_kernel(x, input_scale, weight, scale, zero, bias, residual, o
                 prefetch_rows(row + N * WORDS, BLOCK_N, PREFETCH, THREADS)
         tl.extra.cuda.gdc_wait()
     by = tl.zeros([1, 1], tl.float32)
+    factor = tl.full([1, 1], 1.0, tl.float32)
+    biggest = tl.zeros([1, BLOCK_K], tl.float32)
+    squares = tl.zeros([1, BLOCK_K], tl.float32)
+    if EPS is not None or (ROUND is not None and X_GROUP == 0 and input_scale is None):
+        for begin in tl.static_range(0, K, BLOCK_K):
+            k = begin + tl.arange(0, BLOCK_K)[None, :]
+            if EPS is not None:
+                h = columns_of(x, None, k, K, OFFSET)
+                squares += h * h
+            if ROUND is not None:
+                biggest = tl.maximum(biggest, tl.abs(columns_of(x, norm_weight, k, K, OFFSET)))
+    if EPS is not None:
+        factor = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
     if ROUND is not None:
-        if input_scale is not None:
-            by += tl.load(input_scale)
-        elif X_GROUP == 0:
-            biggest = tl.zeros([1, BLOCK_K], tl.float32)
-            for begin in tl.static_range(0, K, BLOCK_K):
-                k = begin + tl.arange(0, BLOCK_K)[None, :]
-                biggest = tl.maximum(biggest, tl.abs(tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)))
-            by = row_scale(biggest, LARGEST)
+        if X_GROUP == 0 and input_scale is None:
+            by = row_scale(biggest, LARGEST)  # of x before it is normalized, as are the codes
+        elif input_scale is not None:
+            by = tl.load(input_scale) / factor
     row = row[:, None]
     scale_row = scale + (inside // SCALE_ROWS * SCALES)[:, None]
     zero_row = None
@@ -154,9 +181,11 @@ def quantized_gemv_kernel(x, input_scale, weight, scale, zero, bias, residual, o
     acc = tl.zeros([BLOCK_N, BLOCK_K // 8 if BITS == 4 else BLOCK_K], tl.float32)
     up = acc
     for begin in tl.static_range(0, K, BLOCK_K):
-        acc += row_product(row, scale_row, zero_row, x, begin, by, K, WORDS, BITS, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, BLOCK_K)
+        acc += row_product(row, scale_row, zero_row, x, norm_weight, begin, by, K, WORDS, BITS, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET,
+                           BLOCK_K)  # fmt: skip
         if ACT is not None:
-            up += row_product(row + N * WORDS, up_scale, up_zero, x, begin, by, K, WORDS, BITS, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, BLOCK_K)
+            up += row_product(row + N * WORDS, up_scale, up_zero, x, norm_weight, begin, by, K, WORDS, BITS, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST,
+                              OFFSET, BLOCK_K)  # fmt: skip
     h = tl.sum(acc, 1)
     u = tl.sum(up, 1)
     if GROUP == 0:
@@ -164,8 +193,9 @@ def quantized_gemv_kernel(x, input_scale, weight, scale, zero, bias, residual, o
         if ACT is not None:
             u *= tl.load(scale + N + inside).to(tl.float32)
     if ROUND is not None and X_GROUP == 0:
-        h *= tl.sum(by)
-        u *= tl.sum(by)
+        factor *= by
+    h *= tl.sum(factor)
+    u *= tl.sum(factor)
     if ACT is not None:
         h = activate(h, ACT) * u
     if bias is not None:
@@ -381,6 +411,8 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
     found = []
     if rows == 1:
         found += _gemvs(call, constants, rounding[0])
+    if args["eps"] is not None and (not rounded or rounding[1]):
+        return found + _behind_norm(call, steps, target, 1.0 if rows == 1 else 0.0)
     for i, tile in enumerate(_tiles(call, steps, target, rows, weights, rounding, width)):
         one = _gemm(call, constants, tile, rounding[0], rounding[1])
         found.append(replace(one, rank=(1.0 if rows == 1 else 0.0) + i / 10))
@@ -389,12 +421,22 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
     return found
 
 
+def _behind_norm(call: Call, steps: Steps, target: Target, rank: float) -> list[Candidate]:
+    """A norm of its own, then every way to multiply."""
+    x = call.args["x"]
+    norm = Call("rms_norm", {"x": x, "weight": call.args["norm_weight"], "eps": call.args["eps"], "offset": call.args["offset"]}, (x,))
+    plain = Call(call.op, call.args | {"norm_weight": None, "eps": None}, call.results)
+    tails = [c for c in claimants(plain, steps, target) if not c.name.startswith("gemv")]
+    heads = claimants(norm, steps, target)[:1]
+    return [replace(chain(head, x, "x", tail, {"weight": "norm_weight"}), rank=rank + tail.rank) for head in heads for tail in tails]
+
+
 def _gemvs(call: Call, constants: dict[str, Any], dtype: torch.dtype | None) -> list[Candidate]:
     found = []
-    operands = {n: Operand(arg=n) for n in ("x", "input_scale", "weight", "scale", "zero", "bias", "residual")} | {"out": Operand(out=0)}
+    operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale", "weight", "scale", "zero", "bias", "residual")} | {"out": Operand(out=0)}
     width, k, glu = constants["N"], constants["K"], constants["ACT"] is not None
     itemsize = 4 if constants["BITS"] == 4 else 1
-    functions = [quantized_gemv_kernel, row_product, rounded_row, nibble, row_scale, to_eight_bits, prefetch_rows, activate, tanh]
+    functions = [quantized_gemv_kernel, row_product, columns_of, rounded_row, nibble, row_scale, to_eight_bits, prefetch_rows, activate, tanh]
     for rank, (block_n, block_k, warps) in enumerate(GEMV_TILES):
         block_n, block_k = max(1, block_n // (2 if glu else 1)), max(PLANES, min(block_k, power_of_two(k)))
         if constants["BITS"] == 4:
@@ -402,7 +444,8 @@ def _gemvs(call: Call, constants: dict[str, Any], dtype: torch.dtype | None) -> 
             block_n *= 2
         row_bytes = constants["WORDS"] * itemsize
         blocks = constants | {
-            "ROUND": ROUNDINGS.get(dtype), "LARGEST": LARGEST.get(dtype), "BLOCK_N": block_n, "BLOCK_K": block_k,  # type: ignore[call-overload, arg-type]
+            "EPS": call.args["eps"], "OFFSET": call.args["offset"], "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "ROUND": ROUNDINGS.get(dtype), "LARGEST": LARGEST.get(dtype),  # type: ignore[call-overload, arg-type]
             "THREADS": 32 * warps, "PREFETCH": min(row_bytes, 4096) if row_bytes % 16 == 0 else 0,
         }  # fmt: skip
         one = launch(call, functions, operands, blocks, ((width, block_n),), num_warps=warps)
@@ -441,9 +484,10 @@ def _rounded(call: Call, dtype: torch.dtype, group: int) -> tuple[Launch, tuple[
     block_k = power_of_two(group or k)
     block_m = max(1, min(16, 4096 // block_k))
     scratch = (Tensor(dtype, (tokens, k)), Tensor(torch.float32, (tokens, -(-k // group) if group else 1)))
-    operands = {"x": Operand(arg="x"), "input_scale": Operand(arg="input_scale"), "codes": Operand(scratch=0), "scales": Operand(scratch=1),
-                "num_rows": Operand(size=tokens)}  # fmt: skip
-    constants = {"K": k, "GROUP": group or k, "LARGEST": LARGEST[dtype], "BLOCK_M": block_m, "BLOCK_K": block_k}
+    operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale")}
+    operands |= {"codes": Operand(scratch=0), "scales": Operand(scratch=1), "num_rows": Operand(size=tokens)}
+    constants = {"K": k, "GROUP": group or k, "LARGEST": LARGEST[dtype], "EPS": call.args["eps"], "OFFSET": call.args["offset"], "BLOCK_M": block_m,
+                 "BLOCK_K": block_k}  # fmt: skip
     grid = ((tokens, block_m), (k, group or k))
     return launch(
         call, [quantize_rows_kernel, row_scale, to_eight_bits], operands, constants, grid, scratch=scratch, num_warps=8 if block_k > 2048 else 4

@@ -31,6 +31,8 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
     tensors = [call.args[a] for a in ("bias", "residual") if call.args[a] is not None]
     if not isinstance(form, Integer) or call.args["layout"] != "tile16" or not call.args["activation"].startswith("int8_"):
         return []
+    if call.args["eps"] is not None:
+        return []
     if len(x.shape) != 2 or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors) or call.args["scale"].dtype not in DTYPES:
         return []
     if math.prod(numbers(call.args["weight"].shape)) >= 1 << 31:  # indices are int32

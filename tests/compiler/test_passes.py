@@ -36,7 +36,7 @@ def values(graph: Graph, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def weights(before: Graph, after: Graph) -> dict[str, torch.Tensor]:
-    tensors = {source: torch.randn(w.shape, dtype=w.dtype) for w in before.weights.values() for source in w.recipe.sources}
+    tensors = {source: torch.randn(w.shape).to(w.dtype) for w in before.weights.values() for source in w.recipe.sources}
     return {n: w.recipe.run(tensors, g.constants) for g in (before, after) for n, w in g.weights.items()}
 
 
@@ -66,7 +66,7 @@ EXPECTED = {
     "fuse_rope_kv": {"qkv_rope_kv_write": 2},
     "quantize_linears": {"quantized_linear": 3},
     "fuse_attention": {"qkv_attention": 2},
-    "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1},
+    "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1, "quantized_linear": 1},
     "group_regions": {"linear": 1},
     "fold_weight_views": {"head_linear": 2},
     "clean_views": {},

@@ -369,7 +369,7 @@ def sampling_cases():
 def quantized_linear_cases():
     """Formats, how x is rounded, and epilogues; a case's name says them. K is a multiple of no group."""
 
-    def case(form, activation, rows, n, k, act=None, bias=False, residual=False):
+    def case(form, activation, rows, n, k, act=None, bias=False, residual=False, norm=None):
         generator = torch.Generator().manual_seed(5)
         weight = torch.randn(n, k, generator=generator).bfloat16() * k**-0.5
         parts = {"zero": None, **formats.packed(formats.get(form).quantize(weight), form, "rows", 2 if act else 1)}
@@ -377,7 +377,8 @@ def quantized_linear_cases():
         static = {"input_scale": tensor(1, dtype=F32)} if activation.endswith("static") else {"input_scale": None}
         width = n // 2 if act else n
         args = {"x": tensor(T, k), **{p: typed[p] for p in ("weight", "scale", "zero")}, **static, "bias": tensor(n) if bias else None,
-                "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n}  # fmt: skip
+                "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n,
+                "norm_weight": tensor(k) if norm else None, "eps": 1e-5 if norm is not None else None, "offset": 1.0 if norm else 0.0}  # fmt: skip
         values = {p: t for p, t in parts.items() if t is not None} | ({"input_scale": torch.tensor([0.01])} if activation.endswith("static") else {})
         return Case(args, (tensor(T, width),), {"T": rows}, values)
 
@@ -385,6 +386,11 @@ def quantized_linear_cases():
         ("fp8_e4m3_channel", "none", 5, 72, 330, {}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 1, 72, 330, {"residual": True}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 40, 80, 330, {"bias": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 1, 72, 330, {"norm": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 5, 72, 330, {"norm": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 96, {"norm": False}),
+        ("int4_group128", "none", 1, 72, 330, {"norm": True, "act": "silu"}),
+        ("int4_group128", "none", 5, 72, 330, {"norm": False}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 150, 80, 208, {"act": "silu"}),
         ("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 96, {"act": "silu"}),
         ("fp8_e4m3_channel", "fp8_e4m3_static", 5, 40, 96, {}),

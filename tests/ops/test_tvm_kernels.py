@@ -85,7 +85,8 @@ def _quantized() -> None:
         args: dict[str, Any] = {"x": rows(dtype, k), "zero": None} | {p: weight(t.dtype, *t.shape) for p, t in parts.items()} | {"input_scale": None}
         args = {a: args[a] for a in ("x", "weight", "scale", "zero", "input_scale")}
         args |= {"bias": weight(dtype, n) if "bias" in extra else None, "residual": rows(dtype, n) if "residual" in extra else None, "act": act}
-        case("quantized_linear", steps, args | {"format": name, "layout": "tile16", "activation": activation, "n": n}, rows(dtype, columns))
+        unnormalized = {"norm_weight": None, "eps": None, "offset": 0.0}
+        case("quantized_linear", steps, args | {"format": name, "layout": "tile16", "activation": activation, "n": n, **unnormalized}, rows(dtype, columns))
 
 
 def _norms() -> None:
