@@ -73,10 +73,10 @@ def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K:
 
 
 @triton.jit
-def gemm_kernel(x, norm_weight, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
-                PREFETCH: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """EPS as in `gemv_kernel`. PREFETCH: bytes of each row of the weight to ask for while the predecessor ends."""
+def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, PREFETCH: tl.constexpr,
+                THREADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """PREFETCH: bytes of each row of the weight to ask for while the predecessor ends."""
     # programs that run together share rows of x and of the weight in L2: walk the tiles in groups of GROUP rows
     tiles_m = tl.num_programs(0)
     tiles_n = tl.num_programs(1)
@@ -100,7 +100,6 @@ def gemm_kernel(x, norm_weight, weight, bias, residual, out, num_rows, N: tl.con
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
-    squares = tl.zeros([BLOCK_M], tl.float32)
     for step in range(0, depth, BLOCK_K):
         begin = split * depth + step
         if K % (SPLIT * BLOCK_K) == 0:
@@ -113,19 +112,9 @@ def gemm_kernel(x, norm_weight, weight, bias, residual, out, num_rows, N: tl.con
             w = tl.load(b + begin, mask=(begin + k < K)[:, None], other=0.0)
             if ACT is not None:
                 v = tl.load(b + N * K + begin, mask=(begin + k < K)[:, None], other=0.0)
-        if EPS is not None:
-            exact = h.to(tl.float32)
-            squares += tl.sum(exact * exact, 1)
-            if norm_weight is not None:
-                h = (exact * (tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0).to(tl.float32) + OFFSET)[None, :]).to(h.dtype)
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
         if ACT is not None:
             up = tl.dot(h, v, up, input_precision=PRECISION)
-    if EPS is not None:
-        scale = tl.rsqrt(squares / K + EPS)[:, None]
-        acc *= scale
-        if ACT is not None:
-            up *= scale
     if ACT is not None:
         acc = activate(acc, ACT) * up
     if bias is not None:
@@ -174,10 +163,10 @@ class Tile:
         return self.stages * (self.m + weights * self.n) * self.k * itemsize
 
 
-# best first where the weight is narrow, last where it is very wide (an LM head): H200, benchmarks/results/*-gpu-tiles.json
-GEMV_TILES = ((2, 2048, 4), (4, 4096, 8), (4, 1024, 4), (8, 1024, 4))  # rows of the weight, columns, warps
-FEW_ROWS = (Tile(16, 32, 128, 4, 6), Tile(16, 64, 128, 4, 6), Tile(16, 32, 256, 4, 5), Tile(16, 128, 128, 4, 4))
-SOME_ROWS = (Tile(64, 32, 128, 4, 5), Tile(64, 64, 128, 4, 5), Tile(64, 32, 256, 4, 4), Tile(64, 128, 64, 4, 4))
+# best first where the weight is narrow, last where it is very wide (an LM head): benchmarks/gpu_tiles.py
+GEMV_TILES = ((4, 1024, 4), (2, 2048, 8), (4, 1024, 2), (2, 4096, 4), (4, 2048, 8), (4, 4096, 8), (8, 1024, 4))  # rows of the weight, columns, warps
+FEW_ROWS = (Tile(16, 16, 256, 4, 6), Tile(16, 32, 256, 4, 6), Tile(16, 64, 128, 4, 8), Tile(16, 32, 128, 4, 8), Tile(16, 64, 256, 4, 4))
+SOME_ROWS = (Tile(64, 32, 128, 4, 6), Tile(64, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 8), Tile(64, 64, 256, 4, 3))
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
 WIDE = 256 * PROGRAMS
@@ -202,7 +191,7 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     tiles = list(dict.fromkeys(tiles))
     if width >= WIDE:
         return tiles[::-1]
-    if weights == 2 or "eps" in call.args or most_rows > 64:
+    if weights == 2 or most_rows > 64:
         return tiles
     programs = -(-most_rows // tiles[0].m) * -(-width // tiles[0].n)
     split = max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and depth >= 2 * s * tiles[0].k), default=1)
@@ -210,9 +199,13 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     return apart + tiles if programs <= PROGRAMS // 2 else tiles + apart
 
 
-def _gemv(call: Call, operands: dict[str, Operand], width: int, depth: int, constants: dict[str, object]) -> list[Candidate]:
+def _gemv(call: Call) -> list[Candidate]:
+    width, depth, glu = _width(call), call.args["weight"].shape[1], "act" in call.args
+    names = ("x", "norm_weight", "weight", "bias", "residual")
+    operands = {p: Operand(arg=p) for p in names if p in call.args} | {"out": Operand(out=0)}
+    constants: dict[str, object] = {p: None for p in names if p not in call.args}
+    constants |= {"N": width, "K": depth, "ACT": call.args.get("act"), "EPS": call.args.get("eps"), "OFFSET": call.args.get("offset")}
     found = []
-    glu = "act" in call.args
     for rank, (block_n, block_k, warps) in enumerate(GEMV_TILES if width < WIDE else GEMV_TILES[::-1]):
         block_n, block_k = block_n // 2 if glu else block_n, min(block_k, power_of_two(depth))
         blocks = constants | {"BLOCK_N": block_n, "BLOCK_K": block_k}
@@ -221,59 +214,65 @@ def _gemv(call: Call, operands: dict[str, Operand], width: int, depth: int, cons
     return list({c.name: c for c in found}.values())
 
 
-def _candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    x, weight = call.args["x"], call.args["weight"]
-    if not supported(call) or x.dtype != weight.dtype or x.dtype not in FLOATS:
-        return []
-    depth, count = weight.shape[1], rows(x)
-    width = weight.shape[0] // 2 if "act" in call.args else weight.shape[0]
-    inputs = {p: Operand(arg=p) for p in ("x", "norm_weight", "weight") if p in call.args}
+def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    x, width, depth = call.args["x"], _width(call), call.args["weight"].shape[1]
+    count = rows(x)
+    inputs = {p: Operand(arg=p) for p in ("x", "weight")}
     addends = {p: Operand(arg=p) for p in ("bias", "residual") if p in call.args}
-    absent = {p: None for p in ("norm_weight", "bias", "residual") if p not in call.args}
-    out = {"out": Operand(out=0)}
-    constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "EPS": call.args.get("eps"), "OFFSET": call.args.get("offset")}
-    if most(count, steps) == 1:
-        return _gemv(call, inputs | addends | out, width, depth, absent | constants)
+    absent: dict[str, object] = {p: None for p in ("bias", "residual") if p not in call.args}
     num_rows = {"num_rows": Operand(size=count)}
     found = []
     for i, t in enumerate(_tiles(call, steps, target, width, depth)):
         row_bytes = depth // t.split * x.dtype.itemsize
         ahead = min(row_bytes, PREFETCH_BYTES // t.n) if row_bytes % 16 == 0 and t.m <= 64 else 0
-        blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split, "PREFETCH": ahead, "THREADS": 32 * t.warps,
-                  "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
-        grid = ((count, t.m), (width, t.n))
-        functions = [gemm_kernel, prefetch_rows, activate, tanh]
+        blocks = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split,
+                  "PREFETCH": ahead, "THREADS": 32 * t.warps, "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
+        functions, grid = [gemm_kernel, prefetch_rows, activate, tanh], ((count, t.m), (width, t.n), (t.split, 1))
+        scratch: tuple[Tensor, ...] = ()
         if t.split == 1:
-            launches: tuple[Launch, ...] = (launch(call, functions, inputs | addends | out | num_rows, absent | constants | blocks, grid,
-                             num_warps=t.warps, num_stages=t.stages),)  # fmt: skip
-            scratch: tuple[Tensor, ...] = ()
+            operands = inputs | addends | {"out": Operand(out=0)} | num_rows
+            launches: tuple[Launch, ...] = (launch(call, functions, operands, absent | blocks, grid, num_warps=t.warps, num_stages=t.stages),)
         else:
             scratch = (Tensor(torch.float32, (product(count, t.split), width)),)
-            partial = {"out": Operand(scratch=0)}
-            split = launch(call, functions, inputs | partial | num_rows, absent | {"bias": None, "residual": None} | constants | blocks,
-                           (*grid, (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
-            combine = launch(call, [sum_splits_kernel], {"partial": Operand(scratch=0)} | addends | out | num_rows,
-                             {p: None for p in ("bias", "residual") if p not in call.args} | {"N": width, "SPLIT": t.split, "BLOCK": 256},
-                             ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
+            operands = inputs | {"out": Operand(scratch=0)} | num_rows
+            split = launch(call, functions, operands, {"bias": None, "residual": None} | blocks, grid, scratch=scratch,
+                           num_warps=t.warps, num_stages=t.stages)  # fmt: skip
+            combine = launch(call, [sum_splits_kernel], {"partial": Operand(scratch=0)} | addends | {"out": Operand(out=0)} | num_rows,
+                             absent | {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
             launches = (split, combine)
         found.append(Candidate(f"gemm_{t}", launches, scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found
 
 
-for _op in ("linear", "linear_add", "linear_glu"):
-    claims(_op, "triton")(_candidates)
+def _width(call: Call) -> int:
+    """Columns of the result."""
+    wide: int = call.args["weight"].shape[0]
+    return wide // 2 if "act" in call.args else wide
+
+
+def _multiplies(call: Call) -> bool:
+    return supported(call) and call.args["x"].dtype == call.args["weight"].dtype and call.args["x"].dtype in FLOATS
+
+
+@claims("linear", "triton")
+@claims("linear_add", "triton")
+@claims("linear_glu", "triton")
+def linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    if not _multiplies(call):
+        return []
+    return _gemv(call) if most(rows(call.args["x"]), steps) == 1 else _gemm(call, steps, target)
 
 
 @claims("rms_norm_linear", "triton")
 @claims("rms_norm_linear_glu", "triton")
 def normalizing(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    """An RMSNorm, then every way to multiply; for few rows also in one kernel, where the norm is free in the shadow of the weight.
+    """An RMSNorm, then every way to multiply; of one row also in one kernel, where the norm is free in the shadow of the weight.
 
-    Not in float16, which the product before the scale could overflow.
+    Of more rows every program of the product would normalize all of them again: slower at 16 rows and at 64 (benchmarks/gpu_tiles.py).
     """
     x = call.args["x"]
     norm = Call("rms_norm", {"x": x, "weight": call.args["norm_weight"], "eps": call.args["eps"], "offset": call.args["offset"]}, (x,))
     rest = {n: a for n, a in call.args.items() if n not in ("norm_weight", "eps", "offset")}
     tails = claimants(Call(call.op.removeprefix("rms_norm_"), rest, call.results), steps, target)
-    fused = _candidates(call, steps, target) if most(rows(x), steps) <= 64 and x.dtype != torch.float16 else []
+    fused = _gemv(call) if _multiplies(call) and most(rows(x), steps) == 1 else []
     return fused + [chain(head, x, "x", tail, {"weight": "norm_weight"}) for head in claimants(norm, steps, target)[:1] for tail in tails]
