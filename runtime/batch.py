@@ -25,7 +25,7 @@ from .scheduler import Step
 _ALIGN = 16  # int32s: 64 bytes
 TOKENS = _ALIGN
 """Where `token_ids` lie in the buffer, behind its header, of which the last element is 0."""
-_HEADER = 7  # the size, and T, S and R of the padded size
+_HEADER = 8  # the size, T, S and R of the padded size, and how many copies there are
 _LONGEST = 256
 """Tokens by which page tables grow, so that the sizes of steps are few."""
 
@@ -99,7 +99,8 @@ class StepBatch:
     For every page group g, `page_table_<g>` [S, columns] (past a sequence's pages: garbage) and `slot_mapping_<g>` [T];
     `state_slots` [S] if the model has slots; and for each of R rows the fields of `SAMPLING`. Input ids are the elements
     `token_sources` [T] of the last step's samples [num_samples] with this buffer behind them; `token_ids` [T] are those that are known.
-    `edits`, if requests have rules for their logits: a buffer of its own, since few have.
+    Apart from the buffer, since few steps have them: `copies` int32 [C, 3], to be made before the step (number of the group, from and to
+    page or slot), and `edits`, the rules that requests have for their logits.
 
     What padding adds has no effect: sequences with seq_len 0, slot −1 and one token of id 0 while there are tokens left to
     give, and rows that are greedy over row 0. It is there from the start, and all tokens are known; the rest is garbage until it is packed.
@@ -120,8 +121,9 @@ class StepBatch:
             raise ValueError(f"a step of {size} does not fit in {self.padded}")
         self.size = size
         self.edits: LogitEdits | None = None
+        self.copies = np.empty((0, 3), np.int32)
         self.buffer[:TOKENS] = 0
-        self.buffer[:_HEADER] = *size, *self.padded[:3]
+        self.buffer[:_HEADER] = *size, *self.padded[:3], 0
         (T, S, _, _), first = size, self.layout.num_samples + TOKENS
         self.arrays["token_sources"][:T] = np.arange(first, first + T)
         starts = self.arrays["cu_seqlens_q"]
@@ -138,18 +140,20 @@ class StepBatch:
         return np.concatenate([samples, self.buffer])[self.arrays["token_sources"]]
 
     def to_bytes(self) -> bytes:
-        return self.buffer.tobytes() + (self.edits.buffer.tobytes() if self.edits is not None else b"")
+        self.buffer[_HEADER - 1] = len(self.copies)
+        edits = np.empty(0, np.int32) if self.edits is None else self.edits.buffer
+        return np.concatenate([self.buffer, self.copies.flat, edits]).tobytes()
 
     @classmethod
     def from_bytes(cls, layout: StepLayout, data: bytes) -> StepBatch:
         """The batch that `to_bytes` wrote in a process with the same layout."""
         buffer = np.frombuffer(data, np.int32)
-        T, S, R, longest, *padded = map(int, buffer[:_HEADER])
+        T, S, R, longest, *padded, num_copies = map(int, buffer[:_HEADER])
         batch = cls(layout, StepSize(T, S, R, longest), StepSize(padded[0], padded[1], padded[2], longest))
-        length = batch.buffer.size
-        batch.buffer[:] = buffer[:length]
-        if buffer.size > length:
-            batch.edits = LogitEdits(buffer[length:].copy())
+        batch.buffer[:], copies, edits = np.split(buffer, [batch.buffer.size, batch.buffer.size + 3 * num_copies])
+        batch.copies = copies.reshape(-1, 3)
+        if edits.size:
+            batch.edits = LogitEdits(edits.copy())
         return batch
 
 
@@ -177,6 +181,8 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
         table, place = cache.page_tables[group], arrays[f"page_table_{group}"]
         arrays[f"slot_mapping_{group}"][:T] = table[row_of, positions // size] * size + positions % size
         place[:S] = table[rows, : place.shape[1]]
+    if cache.copies:
+        batch.copies, cache.copies = np.array(cache.copies, np.int32), []
     _pack_tokens(step, batch, ends)
     _pack_rows(step, cache, batch, ends)
 

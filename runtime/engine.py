@@ -14,16 +14,22 @@ from ingot.artifacts.manifest import ModelInfo
 from ingot.ops.errors import IngotError
 
 from .batch import Sampled, pack, size_of
+from .beam_search import BeamSearch
+from .beams import Answer, Beams
 from .detokenizer import Detokenizer
 from .kv_cache import KVCache
-from .logit_rules import NONE_LEFT, LogitRules
+from .logit_rules import NONE_LEFT, NOT_FINITE, LogitRules
 from .protocol import Executor, InFlight
 from .ranking import Ranking
 from .records import sampling_record
-from .request import Delta, FinishReason, Request, RequestError, Sequence, Status, TokenLogprob
+from .request import Delta, FinishReason, Request, RequestError, SamplingParams, Sequence, Status, TokenLogprob, Usage
 from .scheduler import Scheduler, Step
 from .tokenizer import Tokenizer
 
+_WHY_NO_TOKEN = {
+    NOT_FINITE: "the model's logits are not finite: its weights or kernels are damaged",
+    NONE_LEFT: "no token is left to choose: bad_words and allowed_token_ids forbid every one",
+}
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # between the continuations of a request
 
 
@@ -102,6 +108,11 @@ class Engine:
         rules = LogitRules.of(params, self._eos, words, self.info.vocab_size)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         number = next(self._numbers)
+        stop_ids = (frozenset() if params.ignore_eos else self._eos).union(params.stop_token_ids)
+        beams = None
+        if params.beam_width is not None:
+            beams = Beams(request, BeamSearch(params.beam_width, max_tokens, stop_ids, params.length_penalty, params.early_stopping))
+            params = SamplingParams(temperature=0, logprobs=min(max(beams.search.num_candidates, params.logprobs or 0), self.info.vocab_size))
         sequences = [
             Sequence(
                 request=request,
@@ -110,9 +121,10 @@ class Engine:
                 max_tokens=max_tokens,
                 token_ids=list(prompt),
                 sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
-                stop_ids=(frozenset() if params.ignore_eos else self._eos).union(params.stop_token_ids),
+                stop_ids=stop_ids,
                 rules=rules,
-                detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop, params.min_tokens),
+                beams=beams,
+                detokenizer=self._detokenizer(params),
             )
             for i in range(params.num_sequences)
         ]
@@ -123,8 +135,13 @@ class Engine:
         if sequences[together:]:
             self._siblings[sequences[0]] = sequences[together:]
         self._requests[request.id] = sequences
+        if beams is not None:
+            beams.begin(sequences[0])
         if params.ranked:
             self._rankings[request.id] = Ranking(params.n, params.num_sequences)
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        return None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop, params.min_tokens)
 
     def _check(self, request: Request) -> None:
         prompt, params, vocab_size = request.prompt_token_ids, request.params, self.info.vocab_size
@@ -149,8 +166,8 @@ class Engine:
                 raise RequestError(f"{where}: {name} is {getattr(params, name)}; the vocabulary has {vocab_size} tokens")
         if params.stop:
             self._tokenizer_for("stop")
-        if params.beam_width is not None:
-            raise RequestError(f"{where}: beam_width: beams are not served", "beam_width")
+        if (params.beam_width or 0) > vocab_size:
+            raise RequestError(f"{where}: beam_width is {params.beam_width}; the vocabulary has {vocab_size} tokens", "beam_width")
 
     def _tokenizer_for(self, field: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -160,7 +177,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request and free its pages now; its last deltas come with the next step. An unknown or finished id is ignored."""
         for seq in list(self._requests.get(request_id, ())):
-            self._ended.append(self._end(seq, "abort"))
+            self._ended += self._end(seq, "abort")
 
     def step(self) -> list[Delta]:
         """Keep the device busy, and wait for the oldest step; what it added to each sequence, at most one delta a sequence."""
@@ -208,7 +225,7 @@ class Engine:
         return self._deltas(step, sampled)
 
     def _fail(self, step: Step, error: IngotError) -> list[Delta]:
-        return [self._end(seq, "error", str(error)) for seq in step.sequences if seq.status is not Status.FINISHED]
+        return [delta for seq in step.sequences if seq.status is not Status.FINISHED for delta in self._end(seq, "error", str(error))]
 
     def _deltas(self, step: Step, sampled: Sampled) -> list[Delta]:
         tokens, logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in sampled)
@@ -225,7 +242,13 @@ class Engine:
                 row += 1
         deltas = []
         for row, seq in enumerate(sampling):
-            if seq.status is not Status.FINISHED:
+            if seq.status is Status.FINISHED:
+                continue
+            if tokens[row] < 0:
+                deltas += self._end(seq, "error", _WHY_NO_TOKEN[tokens[row]])
+            elif seq.beams is not None:
+                deltas += self._report(seq, list(zip(top_ids[row], top_logprobs[row], strict=True)))
+            else:
                 wanted = seq.request.params.logprobs
                 if seq.request.params.ranked:
                     seq.score += logprobs[row]
@@ -234,10 +257,6 @@ class Engine:
 
     def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
         """One more token of `seq`, and what follows from it."""
-        if token == NONE_LEFT:
-            return self._end(seq, "error", "no token is left to choose: bad_words and allowed_token_ids forbid every one")
-        if token < 0:
-            return self._end(seq, "error", "the model's logits are not finite: its weights or kernels are damaged")
         ids, text = seq.token_ids, ""
         is_first = len(ids) == seq.num_prompt
         ids.append(token)
@@ -265,10 +284,40 @@ class Engine:
         score = seq.score if reason is not None and seq.request.params.ranked else None
         return Delta(seq.request.id, seq.index, [token], text, logprobs, prompt_logprobs, reason, stop_reason, seq.usage(), score)
 
-    def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> Delta:
-        """End `seq` without another token."""
+    def _report(self, seq: Sequence, candidates: list[tuple[int, float]]) -> list[Delta]:
+        """What the model says after a beam; the answers when that ends the search."""
+        beams = seq.beams
+        assert beams is not None
+        if len(seq.token_ids) == seq.num_prompt:
+            self._prompt_tokens += seq.num_prompt
+        if beams.report(seq, candidates):
+            beams.advance(self.scheduler)
+        if not beams.search.done:
+            return []
+        del self._requests[seq.request.id]
+        return [self._answer(seq, i, answer) for i, answer in enumerate(beams.answers()[: seq.request.params.n])]
+
+    def _answer(self, seq: Sequence, index: int, answer: Answer) -> Delta:
+        """What beam search found for the request of `seq`."""
+        tokens, params, detokenizer = list(answer.token_ids), seq.request.params, self._detokenizer(seq.request.params)
+        self._generated_tokens += len(tokens)
+        stopped = tokens[-1] in seq.stop_ids
+        text = "" if detokenizer is None else "".join(map(detokenizer.feed, tokens[: len(tokens) - stopped])) + detokenizer.finish()
+        stop_reason = tokens[-1] if stopped and tokens[-1] in params.stop_token_ids else None
+        usage = Usage(seq.num_prompt, max(seq.num_cached, 0), len(tokens))
+        logprobs = None if params.logprobs is None else list(answer.logprobs)
+        return Delta(seq.request.id, index, tokens, text, logprobs, None, "stop" if stopped else "length", stop_reason, usage, answer.score)
+
+    def _end(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> list[Delta]:
+        """End `seq` without another token; with a beam the whole search."""
+        if seq.beams is not None:
+            for beam in seq.beams.sequences:
+                self.scheduler.finish(beam)
+            del self._requests[seq.request.id]
+            ended = Delta(seq.request.id, 0, finish_reason=reason, stop_reason=stop_reason, usage=Usage(seq.num_prompt, max(seq.num_cached, 0), 0))
+            return [msgspec.structs.replace(ended, index=i) for i in range(seq.request.params.n)]
         text = self._free(seq)
-        return Delta(seq.request.id, seq.index, text=text, finish_reason=reason, stop_reason=stop_reason, usage=seq.usage())
+        return [Delta(seq.request.id, seq.index, text=text, finish_reason=reason, stop_reason=stop_reason, usage=seq.usage())]
 
     def _free(self, seq: Sequence) -> str:
         """Take `seq` out, and free what it holds; the text that was held back."""

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ingot.artifacts import weights
@@ -78,6 +79,7 @@ class Executor:
         for state in manifest.states:
             # zeros, so that no NaN of old memory meets a zero probability
             self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
+        self._states = [[self._roots[s.name] for s in manifest.states if s.group == g] for g in groups]
         self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
         self._staging = Staging(self.layout, largest, self.device)
@@ -119,11 +121,19 @@ class Executor:
         variant = self._variant(batch.size)
         captured = self._captured.get((variant.name, batch.padded.num_tokens))
         rest = self._bind(variant, batch.padded, captured.num_entries if captured is not None else 0)
+        self._copy(batch.copies)
         self._staging.upload(batch)
         if captured is not None:
             captured.graph.replay()
         rest.run()
         return rest.results[0]
+
+    def _copy(self, copies: np.ndarray) -> None:
+        """Pages and slots, as `StepBatch.copies` says; all are read before any is written."""
+        for number in np.unique(copies[:, 0]).tolist() if len(copies) else ():
+            source, target = (torch.from_numpy(c).to(self.device) for c in copies[copies[:, 0] == number, 1:].astype(np.int64).T.copy())
+            for state in self._states[number]:
+                state.index_copy_(0, target, state[source])
 
     def _variant(self, size: StepSize) -> Variant:
         decode = size.num_tokens == size.num_seqs

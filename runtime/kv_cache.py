@@ -135,6 +135,8 @@ class KVCache:
         self.first_page = {name: np.zeros(self.num_rows, np.int32) for name in self.groups}  # that each row still holds
         self.num_pages = {name: [0] * self.num_rows for name in self.groups}  # of each row, those that it let go included
         self.sequences: dict[int, Sequence] = {}  # by row
+        self.copies: list[tuple[int, int, int]] = []  # to be made before the next step: number of the group, from and to page or slot
+        self._number = {name: i for i, name in enumerate(groups)}
         self.prefix_queries = self.prefix_hits = 0  # tokens asked for, tokens found
         self.prefix_caching_off = self._why_off(enable_prefix_caching)
         self._free_rows = list(range(self.num_rows - 1, -1, -1))
@@ -214,6 +216,37 @@ class KVCache:
             self.prefix_hits += found
         return True
 
+    def fork(self, seq: Sequence, child: Sequence) -> bool:
+        """Give `child`, whose tokens begin with those that `seq` has computed, a row with their KV.
+
+        Full pages are shared; a page that is not full, which both will write to, and slots are copied. False, and nothing changes, when
+        there is no row or page left.
+        """
+        row, computed = seq.row, int(self.rows.num_computed[seq.row])
+        partial = [name for name, g in self.groups.items() if computed % g.page_size]
+        if not self._free_rows or not all(self.pools[name].num_available for name in partial):
+            return False
+        child.row = new = self._free_rows.pop()
+        self.sequences[new] = child
+        for name, group in self.groups.items():
+            pool, table = self.pools[name], self.page_tables[name]
+            first, full = int(self.first_page[name][row]), computed // group.page_size
+            for page in table[row, first:full].tolist():
+                pool.share(page)
+            table[new, :full] = table[row, :full]
+            self.first_page[name][new], self.num_pages[name][new] = first, full + (name in partial)
+            if name in partial:
+                table[new, full] = pool.take()
+                self.copies.append((self._number[name], int(table[row, full]), int(table[new, full])))
+            if first:
+                table[new, :first] = table[new, first] if first < self.num_pages[name][new] else 0
+        self.copies += [(self._number[name], row, new) for name in self.slot_groups]
+        child.num_cached = seq.num_cached
+        self.rows.place(child, new, computed)
+        self.rows.num_named[new] = self.rows.num_named[row]
+        self.rows.room[new] = min((self.num_pages[name][new] * g.page_size for name, g in self.groups.items()), default=computed)
+        return True
+
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make every group hold `num_tokens` tokens of `seq`; False, and nothing changes, when a pool is too empty."""
         row = seq.row
@@ -281,11 +314,15 @@ class KVCache:
         row, seq.row = seq.row, -1
         del self.sequences[row]
         self._free_rows.append(row)
+        gone = {(self._number[name], row) for name in self.slot_groups}
         for name, pool in self.pools.items():
             # The end of a prefix is of use only with its beginning: let it go first.
             for page in reversed(self._held(name, row)):
                 pool.release(page)
+                gone.add((self._number[name], page))
             self.first_page[name][row] = self.num_pages[name][row] = 0
+        if self.copies:  # a page that is given back is nobody's to fill; only a page of this row alone is to be filled
+            self.copies = [c for c in self.copies if (c[0], c[2]) not in gone]
 
     def _held(self, name: str, row: int) -> list[int]:
         """The pages of a row, in order of their tokens, from `first_page` on."""

@@ -16,6 +16,7 @@ import msgspec
 from ingot.ops.errors import IngotError
 
 if TYPE_CHECKING:
+    from .beams import Beams
     from .detokenizer import Detokenizer
     from .logit_rules import LogitRules
 
@@ -122,9 +123,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     def _check_beams(self, width: int) -> None:
         if width < self.n:
             raise RequestError(f"beam_width is {width}; it must be at least n, {self.n}", "beam_width")
-        defaults = dict(zip(self.__struct_fields__[-len(self.__struct_defaults__) :], self.__struct_defaults__, strict=True))
+        default = SamplingParams()
         for name in _NOT_IN_BEAMS:
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) != getattr(default, name):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; beam search has no use for it: leave it out", name)
         if self.temperature not in (0, 1):
             raise RequestError(f"temperature is {self.temperature}; beam search compares the model's own probabilities: leave it out", "temperature")
@@ -194,6 +195,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    PARKED = "parked"  # preempted as a beam whose next token is not chosen yet
     FINISHED = "finished"
 
 
@@ -209,6 +211,7 @@ class Sequence:
     sampling: bytes  # `records.sampling_record`
     stop_ids: frozenset[int] = frozenset()  # the end-of-sequence ids among them, unless they are ignored
     rules: LogitRules | None = None  # None: the model's logits are sampled as they are
+    beams: Beams | None = None  # that it belongs to: its next tokens are chosen by the host
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
     num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet

@@ -26,6 +26,7 @@ class Rows:
         self.sampled_in = np.zeros(num_rows, np.int64)  # the last step that sampled for it,
         self.sampled_row = np.zeros(num_rows, np.int32)  # and there the row of logits
         self.sampling = np.zeros(num_rows, SAMPLING)
+        self.chosen = np.zeros(num_rows, bool)  # by the host is its next token, when that step was collected
         self.ruled = np.zeros(num_rows, bool)  # its logits are changed before they are sampled
 
     def place(self, seq: Sequence, row: int, num_computed: int) -> None:
@@ -37,9 +38,10 @@ class Rows:
         self.room[row] = num_computed
         self.launched_in[row] = self.sampled_in[row] = -1
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
+        self.chosen[row] = seq.beams is not None
         self.ruled[row] = seq.rules is not None
         seq.counted = False
 
     def uncomputed(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens that are still to be computed of each of `rows`: 0 when only the last one's value is awaited."""
+        """Tokens that are still to be computed of each of `rows`: 0 when only the last one's value, or a choice, is awaited."""
         return np.minimum(self.num_tokens[rows], self.end[rows]) - self.num_computed[rows]

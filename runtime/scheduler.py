@@ -109,7 +109,27 @@ class Scheduler:
                 f"request {seq.request.id}: {seq.num_prompt} prompt tokens and max_tokens {seq.max_tokens} need room for {longest} tokens, "
                 f"and the whole KV cache holds {self.cache.capacity}; lower max_tokens, shorten the prompt or give the cache more memory"
             )
+        self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        seq.status = Status.WAITING
         heapq.heappush(self._waiting, (seq.order, seq))
+
+    def fork(self, seq: Sequence, child: Sequence) -> None:
+        """Begin `child`, whose tokens are those that `seq` has computed and one more: with their KV, or if there is no room waiting to compute them."""
+        if seq.status is Status.RUNNING and len(self.running) < self.max_num_seqs and self.cache.fork(seq, child):
+            child.status = Status.RUNNING
+            insort(self.running, child, key=lambda s: s.order)
+        else:
+            self._wait(child)
+
+    def choose(self, seq: Sequence, token: int) -> None:
+        """The next token of a beam, which has computed all others."""
+        seq.token_ids.append(token)
+        if seq.status is Status.RUNNING:
+            self.rows.num_tokens[seq.row] += 1
+        else:
+            self._wait(seq)
 
     def schedule(self) -> Step | None:
         """What the next step computes; None when nothing can be. Order: decoding, prefilling, newly admitted.
@@ -136,6 +156,11 @@ class Scheduler:
         # What was just taken from a running sequence must not go to a new one.
         if self.num_preemptions == preemptions:
             self._admit(budget)
+        if self.num_launched == self.num_collected:
+            # Running beams wait for others of theirs that wait for room: those that come last make it.
+            while self._waiting and self.running and not budget.items:
+                self._preempt(budget)
+                self._admit(budget)
         return self._step(budget.items) if budget.items else None
 
     def _step(self, items: dict[Sequence, int]) -> Step:
@@ -181,10 +206,14 @@ class Scheduler:
         """Take row and pages from the running sequence that comes last."""
         victim = self.running.pop()
         budget.discard(victim)
-        victim.last_step = int(self.rows.launched_in[victim.row])
+        row = victim.row
+        victim.last_step = int(self.rows.launched_in[row])
+        undecided = bool(self.rows.chosen[row]) and not self.rows.uncomputed(np.array([row]))[0]
         self.cache.release(victim)
-        victim.status = Status.WAITING
-        heapq.heappush(self._waiting, (victim.order, victim))
+        if undecided:
+            victim.status = Status.PARKED
+        else:
+            self._wait(victim)
         self.num_preemptions += 1
         return victim
 
@@ -194,11 +223,12 @@ class Scheduler:
         state.num_computed[step.rows] += step.num_new
         state.launched_in[step.rows] = step.number
         sampled = step.rows[step.samples]
-        state.num_tokens[sampled] += 1
-        state.sampled_in[sampled] = step.number
+        feeds_next = ~state.chosen[sampled]
+        state.num_tokens[sampled] += feeds_next
+        state.sampled_in[sampled] = np.where(feeds_next, step.number, -1)
         state.sampled_row[sampled] = np.arange(len(sampled))
         self.num_launched += 1
-        self.cache.launched(step.sequences, step.rows, state.num_tokens[step.rows] - step.samples - (step.pending >= 0))
+        self.cache.launched(step.sequences, step.rows, state.num_tokens[step.rows] - (step.samples & ~state.chosen[step.rows]) - (step.pending >= 0))
 
     def collected(self) -> None:
         """The oldest step in flight was computed. Its samples are appended, and sequences finished, after this."""
@@ -227,5 +257,6 @@ class Scheduler:
         awaited = self.rows.num_tokens[rows] - np.array([len(s.token_ids) for s in self.running], np.int32)
         assert ((awaited > 0) == (self.rows.sampled_in[rows] >= self.num_collected)).all()
         assert (awaited >= 0).all() and (awaited <= self.num_launched - self.num_collected).all()
-        assert (self.rows.num_computed[rows] < self.rows.num_tokens[rows]).all()
-        assert (self.rows.uncomputed(rows) >= (awaited == 0)).all()  # only one whose last token is awaited has nothing left to compute
+        chosen = self.rows.chosen[rows]
+        assert (self.rows.num_computed[rows] < self.rows.num_tokens[rows] + chosen).all()
+        assert (self.rows.uncomputed(rows) >= (awaited == 0) & ~chosen).all()  # only one whose last token is awaited has nothing left to compute

@@ -126,3 +126,30 @@ def test_rules_for_logits_are_those_of_transformers(artifact: Path, model, promp
         with torch.no_grad():
             wanted = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=NEW_TOKENS, **options)
         assert output.outputs[0].token_ids == wanted[0, len(prompt) :].tolist(), options
+
+
+def test_beams_are_those_of_transformers(artifact: Path, model, prompts: list[list[int]]) -> None:
+    """Searches and plain requests in one batch, over few pages, against `generate` with one prompt at a time."""
+    llm = LLM(artifact, max_num_batched_tokens=64, num_pages=40)
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    newline = tokenizer.encode("\n")
+    kinds = [
+        (SamplingParams(beam_width=4, n=4, ignore_eos=True), {"num_beams": 4, "num_return_sequences": 4, "eos_token_id": None}),
+        (SamplingParams(beam_width=3, length_penalty=0.2, stop_token_ids=newline, ignore_eos=True),
+         {"num_beams": 3, "length_penalty": 0.2, "eos_token_id": newline}),
+        (SamplingParams(beam_width=2, n=2, early_stopping=True, stop_token_ids=newline, ignore_eos=True),
+         {"num_beams": 2, "num_return_sequences": 2, "early_stopping": True, "eos_token_id": newline}),
+    ]  # fmt: skip
+    chosen = [p for p in prompts if 3 < len(p) < 80][:9]
+    params = [msgspec.structs.replace(kinds[i % len(kinds)][0], max_tokens=10) for i in range(len(chosen))]
+    together = llm.generate([*chosen, *chosen], [*params, *[GREEDY] * len(chosen)])
+    assert all(used == 0 for used, _ in llm.engine.stats().pages.values())
+    llm.engine.scheduler.check_integrity()
+    for i, (prompt, output) in enumerate(zip(chosen, together, strict=False)):
+        with torch.no_grad():
+            wanted = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False, max_new_tokens=10,
+                                    return_dict_in_generate=True, output_scores=True, **kinds[i % len(kinds)][1])  # fmt: skip
+        found = [c.token_ids for c in output.outputs]
+        assert found == [s[: len(t)] for s, t in zip(wanted.sequences[:, len(prompt) :].tolist(), found, strict=True)]
+        assert [c.score for c in output.outputs] == pytest.approx(wanted.sequences_scores.tolist(), abs=2e-4)

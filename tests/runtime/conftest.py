@@ -87,6 +87,12 @@ class RecallExecutor:
         values = np.array(tokens) + VOCAB * np.arange(len(tokens))
         return self._logits([self._key(name, values) for name in self.info.groups])
 
+    def _unit(self, number: int, unit: int) -> np.ndarray:
+        """The memory of a page or slot of a group."""
+        name, group = list(self.info.groups.items())[number]
+        size = max(group.page_size, 1)
+        return self.memory[name][unit * size : (unit + 1) * size]
+
     def _key(self, name: str, values: np.ndarray) -> int:
         """Of all these tokens, or of those in the group's window."""
         first = max(0, len(values) - self.info.groups[name].window) if self.info.groups[name].window else 0
@@ -98,6 +104,9 @@ class RecallExecutor:
     def _compute(self, batch: StepBatch) -> Sampled:
         R = batch.size.num_rows
         a = batch.arrays
+        copied = [(number, target, self._unit(number, source).copy()) for number, source, target in batch.copies.tolist()]
+        for number, target, content in copied:
+            self._unit(number, target)[:] = content
         values = batch.input_ids(self.samples).astype(np.int64) + VOCAB * a["positions"]
         for name, group in self.info.groups.items():
             if group.kind == "page":

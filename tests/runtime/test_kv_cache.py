@@ -87,6 +87,23 @@ class CacheMachine(RuleBasedStateMachine):
             seq.token_ids.append(token)
 
     @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, MAX_SEQS), token=st.integers(0, 1))
+    def fork(self, which: int, token: int) -> None:
+        seq = self.running[which % len(self.running)]
+        child = sequence([*seq.token_ids[: computed(self.cache, seq)], token], seq.request.cache_keys)
+        available = {n: p.num_available for n, p in self.cache.pools.items()}
+        if not self.cache.fork(seq, child):
+            assert child.row == -1 and not self.cache.copies
+            assert available == {n: p.num_available for n, p in self.cache.pools.items()}
+            return
+        assert all(n - p.num_available <= 1 for n, p in zip(available.values(), self.cache.pools.values(), strict=True))
+        for number, source, target in self.cache.copies:
+            written = self.written[list(PAGES)[number]]
+            written[target] = list(written[source])
+        self.cache.copies = []
+        self.running.append(child)
+
+    @precondition(lambda self: self.running)
     @rule(which=st.integers(0, MAX_SEQS))
     def release(self, which: int) -> None:
         self.cache.release(self.running.pop(which % len(self.running)))
@@ -279,3 +296,25 @@ def test_a_prefix_needs_the_window_before_its_end_and_no_more():
     assert (seq.num_cached, cache.first_page["window6"][seq.row], cache.num_pages["window6"][seq.row]) == (40, 8, 10)
     cache.check_integrity()
     cache.release(other)
+
+
+def test_a_fork_shares_full_pages_and_copies_the_last():
+    cache = KVCache({"full": GroupInfo("page", 4, 16), "slot": GroupInfo("slot", 0, 4)}, 4, 64)
+    seq = fill(cache, list(range(10)))
+    child = sequence([*range(10), 5])
+    assert cache.fork(seq, child)
+    table = cache.page_tables["full"]
+    assert table[child.row, :2].tolist() == table[seq.row, :2].tolist()
+    assert cache.copies == [(0, table[seq.row, 2], table[child.row, 2]), (1, seq.row, child.row)]
+    cache.check_integrity()
+    cache.release(child)
+    assert cache.copies == []  # nobody's to fill
+    whole = fill(cache, list(range(8)))
+    again = sequence([*range(8), 1])
+    assert cache.fork(whole, again)
+    assert cache.copies == [(1, whole.row, again.row)]  # no page is partly full
+    cache.release(whole)
+    cache.release(again)
+    cache.release(seq)
+    assert cache.pools["full"].num_used == 0
+    cache.check_integrity()

@@ -161,3 +161,16 @@ def test_the_best_of_several_come_first(http: httpx.Client) -> None:
     ranked = sorted(every, key=lambda c: -sum(c["logprobs"]["token_logprobs"]))
     best = post(http, **body, n=2, best_of=5)["choices"]
     assert [(c["index"], c["token_ids"]) for c in best] == [(i, ranked[i]["token_ids"]) for i in range(2)]
+
+
+def test_beam_search_answers_the_most_probable(http: httpx.Client) -> None:
+    body = {"prompt": ["x", "yz"], "max_tokens": 6, "logprobs": 1, "return_token_ids": True}
+    searched = post(http, **body, use_beam_search=True, n=3, best_of=5, length_penalty=0.0, early_stopping="never", temperature=0)["choices"]
+    greedy = post(http, **body, temperature=0)["choices"]
+    assert [c["index"] for c in searched] == list(range(6))
+    for i in range(2):
+        scores = [sum(c["logprobs"]["token_logprobs"]) for c in searched[3 * i : 3 * i + 3]]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[0] >= sum(greedy[i]["logprobs"]["token_logprobs"]) - 1e-5
+        assert len({tuple(c["token_ids"]) for c in searched[3 * i : 3 * i + 3]}) == 3
+        assert all(len(c["token_ids"]) == 6 and c["finish_reason"] == "length" and len(c["text"]) > 0 for c in searched)
