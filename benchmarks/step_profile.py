@@ -6,6 +6,7 @@ Per batch size, over steps in which every sequence decodes a sampled token, thro
   step_us   from step to step
   host_us   the thread of the engine, without its waits for the device
   idle_us   the device, from the end of a step to the beginning of the next one (CUDA events; median, and the 90th percentile)
+  gaps_us   the device, from a step's last copy to the first kernel of the next plan: all that is idle between copies and kernels (profiler, median)
 The plot shows a few steps: what the device computes and copies (torch's profiler, which slows the host down a little), and where it is idle.
 """
 
@@ -93,7 +94,9 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
             engine.step()
         torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    starts = [i for i, span in enumerate(spans) if "HtoD" in span[2]][2 : 3 + SHOWN]
+    copies = [i for i, span in enumerate(spans) if "HtoD" in span[2]]
+    starts, first = copies[2 : 3 + SHOWN], 2 + len(engine.cache.groups)  # after a copy in: input ids, page tables, the plan
+    gaps = [sum(max(0.0, spans[j + 1][0] - spans[j][1]) for j in range(i - 1, i + first - 1)) for i in copies[2:]]
     for request_id in list(engine._requests):
         engine.abort(request_id)
     while engine.has_work:
@@ -104,6 +107,7 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
         "host_us": round((seconds - watched.waited) / STEPS * 1e6, 1),
         "idle_us": round(statistics.median(idle), 1),
         "idle_us_p90": round(idle[len(idle) * 9 // 10], 1),
+        "gaps_us": round(statistics.median(gaps), 1),
         "timeline": [[round(a - spans[starts[0]][0], 2), round(b - spans[starts[0]][0], 2), "copy" if n.startswith("Mem") else "kernel"]
                      for a, b, n in spans[starts[0] : starts[-1]]],
     }  # fmt: skip
@@ -161,7 +165,9 @@ def main() -> None:
     points.sort(key=lambda p: (p["batch"], p["overlap"]))
     device = torch.cuda.get_device_name()
     if args.output is not None:
-        args.output.write_text(json.dumps({"model": args.model, "device": device, "temperature": args.temperature, "points": points}) + "\n")
+        shown = [{k: v for k, v in p.items() if k != "timeline"} for p in points]
+        report = {"model": Path(args.model).name, "device": device, "temperature": args.temperature, "points": shown}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
     if args.svg is not None:
         args.svg.write_text(plot(points, f"{Path(args.model).name} on one {device}: {SHOWN} decode steps"))
 
