@@ -139,10 +139,13 @@ class Job:
             raise CompileError("--deterministic is not available yet: reduction orders depend on the kernels that a step's size selects; compile without it")
         if options.kv_cache_dtype not in ("auto", *KV_DTYPES):
             raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype} is unknown: use auto, {', '.join(KV_DTYPES)}")
-        if options.kv_cache_dtype == "fp8" and target.kind == "cuda" and target.arch < 89:
+        kv_cache = options.kv_cache_dtype
+        if kv_cache == "auto" and method is not None and method.kv_cache:
+            kv_cache = method.kv_cache
+        if kv_cache == "fp8" and target.kind == "cuda" and target.arch < 89:
             raise CompileError(f"--kv-cache-dtype fp8 needs sm_89 or newer, whose instructions convert it, and the target is {target}: use int8")
         dtype = _dtype(options.dtype, config, target)
-        kv_dtype = dtype_name(dtype) if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+        kv_dtype = dtype_name(dtype) if kv_cache == "auto" else kv_cache
         _check_admitted(config)
         source.check_vocabulary(found)
         if _max_model_len(config) < 1:
@@ -247,7 +250,9 @@ class Job:
     def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
         """The model's graph after all passes, and the number of calls after each. `done` is told when a stage ends."""
         progress("trace", 0.0)
-        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[self.options.kv_cache_dtype], page_size=page_size(self.target))
+        method, kv_cache = method_of(self.source.config), self.options.kv_cache_dtype
+        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),
+                       kv_calibrated=method is not None and method.kv_cache == kv_cache)  # fmt: skip
         if self.options.quantize != "none":
             traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
         elif self.checkpoint is None and (method := method_of(self.source.config)) is not None:

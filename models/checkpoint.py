@@ -25,6 +25,7 @@ from ingot.ops.errors import IngotError
 from ingot.ops.graph import Recipe, Weight
 
 from . import quantization
+from .quantization.method import KV_SCALES
 from .recorder import Recorder, RecorderError
 
 if TYPE_CHECKING:
@@ -274,6 +275,12 @@ def recipes(
     result: dict[str, Recipe] = {}
     missing = []
     for name, (shape, _) in parameters.items():
+        if method is not None and method.kv_cache and name.endswith(KV_SCALES):
+            if name in checkpoint.infos:
+                result[name] = Recipe("reshape", tuple(shape), (Recipe("tensor", (name,)),))
+            else:
+                missing.append(f"{name}, which quantization_config.kv_cache_scheme promises")
+            continue
         same = _tied(model, name)
         found = next((made[n] for n in (name, *same) if n in made), None)
         if found is None:

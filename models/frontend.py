@@ -90,15 +90,20 @@ def build(config: transformers.PreTrainedConfig, dtype: torch.dtype, device: str
     return model
 
 
-def trace(config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, page_size: int = 16) -> Graph:
+def trace(
+    config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, page_size: int = 16, kv_calibrated: bool = False
+) -> Graph:
     """The graph of the causal language model (`forward`) or encoder (`embed`) that `config` describes; see ARCHITECTURE.md for its inputs.
 
     Activations and weights are `dtype`; caches are `kv_dtype` (default: what is written to them); a page holds `page_size`
-    tokens. TraceError if the model asks for something that the dialect cannot say.
+    tokens. `kv_calibrated`: a checkpoint brings scales for them, weights `<attention module>.k_scale` and `.v_scale`.
+
+    TraceError if the model asks for something that the dialect cannot say.
     """
     model = build(config, dtype, "meta")
     buffers = _real_buffers(model)
-    context = Context(page_size, kv_dtype, entry_point(config))
+    modules = {id(m): n for n, m in model.named_modules()} if kv_calibrated else {}
+    context = Context(page_size, kv_dtype, entry_point(config), modules)
     swaps = _swaps(model, context, buffers)
     run = encoders.runner(model) if context.entry_point == "embed" else run_model
     with torch.no_grad(), tracing(context):
@@ -172,6 +177,7 @@ def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patc
     values = {name: sizes.empty(spec.shape, spec.dtype) for name, spec in inputs.items()}
     values |= {name: sizes.empty((f"N_{spec.group}", *spec.shape), spec.dtype) for name, spec in context.states.items()}
     weights, constants = _weights(model, buffers)
+    weights |= {name: Weight(Recipe("tensor", (name,)), torch.float32, (1,)) for name in context.calibrated}
     tensors = {name: sizes.empty(w.shape, w.dtype) for name, w in weights.items()}
     if clash := set(values) & {_identifier(n) for n in weights}:
         raise TraceError(f"parameters named like step inputs: {', '.join(sorted(clash))}")
@@ -179,7 +185,7 @@ def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patc
     def step(*args: torch.Tensor) -> list[torch.Tensor]:
         inputs = dict(zip(values, args, strict=False))
         parameters = dict(zip(tensors, args[len(values) :], strict=True))
-        context.begin(inputs)
+        context.begin(inputs | {n: parameters.pop(n) for n in context.calibrated})
         result = torch.func.functional_call(_Step(model, run), {f"model.{n}": p for n, p in parameters.items()}, (inputs["input_ids"], inputs["positions"]))
         return [result.squeeze(0), *(context.values[n] for n in context.states)]
 

@@ -14,7 +14,7 @@ import torch
 
 from ingot.ops.graph import Recipe
 
-from .method import METHODS, Method, QuantizationConfigError
+from .method import KV_SCALES, METHODS, Method, QuantizationConfigError
 
 __all__ = ["METHODS", "Method", "QuantizationConfigError", "logical", "method_of"]
 
@@ -54,4 +54,6 @@ def logical(method: Method, tensors: Mapping[str, torch.Tensor], meta: Mapping[s
         recipes[f"{module}.weight"] = recipe
         shapes[f"{module}.weight"] = recipe.run(meta, {}).shape
         replaced |= {f"{module}{s}" for s in method.suffixes}
+    if method.kv_cache:
+        replaced |= {n for n in meta if n.endswith(KV_SCALES)}
     return {n: t.shape for n, t in meta.items() if n not in replaced} | shapes, recipes

@@ -37,8 +37,7 @@ class CompressedTensors(Method):
             value = self.keys.get(key)
             if value and value.get("format", "dense" if key == "sparsity_config" else None) != "dense":
                 raise self.error(key, "is not supported")
-        if self.keys.get("kv_cache_scheme"):
-            raise self.error("kv_cache_scheme", "is not supported")
+        self.kv_cache = self.kv_scheme()
         self.schemes = {name: self._scheme(name, group) for name, group in self.groups.items()}
         return {"config_groups", "format", "sparsity_config", "transform_config", "kv_cache_scheme"}
 

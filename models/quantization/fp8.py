@@ -60,8 +60,7 @@ class Fp8(Method):
             raise self.error("weight_block_size", "is not supported; blocks are 128 × 128")
         if block is not None and static:
             raise self.error("activation_scheme", "does not go with weight_block_size: rows are then rounded in groups of 128, dynamically")
-        if self.keys.get("kv_cache_scheme"):
-            raise self.error("kv_cache_scheme", "is not supported")
+        self.kv_cache = self.kv_scheme()
         if ignored := self.keys.get("ignored_layers"):
             self.keys[self.excludes] = [*(self.keys.get(self.excludes) or ()), *ignored]
         self.form = "fp8_e4m3_channel" if block is None else "fp8_e4m3_block128"

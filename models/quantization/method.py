@@ -13,6 +13,8 @@ from ingot.ops import formats
 from ingot.ops.errors import IngotError
 from ingot.ops.graph import Recipe
 
+KV_SCALES = (".k_scale", ".v_scale")
+"""How the names of calibrated scales of a KV cache end; before it stands the attention module's name."""
 METHODS: dict[str, type[Method]] = {}
 """By `quant_method`; the files of this folder fill it."""
 
@@ -29,6 +31,8 @@ class Method(ABC):
     suffixes: tuple[str, ...]
     excludes: str
     """The key that lists modules which stay as they are."""
+    kv_cache: str = ""
+    """What the checkpoint was calibrated to keep its KV cache in, "fp8" or "int8", with a scale for k and one for v in each layer; "": nothing."""
     harmless: frozenset[str] = frozenset()
     """Keys that say how the checkpoint was made, and nothing of what it means."""
 
@@ -64,6 +68,16 @@ class Method(ABC):
             self.keys.setdefault(key, value)
             raise self.error(key, f"is not supported; use {' or '.join(map(str, known))}")
         return value
+
+    def kv_scheme(self) -> str:
+        """`kv_cache`, as the key kv_cache_scheme says it."""
+        scheme = self.keys.get("kv_cache_scheme")
+        if not scheme:
+            return ""
+        plain = (scheme.get("num_bits"), scheme.get("strategy"), scheme.get("symmetric", True), scheme.get("dynamic", False))
+        if plain != (8, "tensor", True, False) or scheme.get("type") not in ("float", "int"):
+            raise self.error("kv_cache_scheme", "is not supported; use 8 bits, symmetric, static, with strategy tensor")
+        return "fp8" if scheme["type"] == "float" else "int8"
 
     def is_excluded(self, module: str) -> bool:
         """Whether the config leaves a module alone: it, or a module that holds it, is listed."""

@@ -53,11 +53,11 @@ def paged(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value
     if context.entry_point == "embed":
         raise TraceError(f"{where}: causal attention in an encoder, whose step has no cache")
     group = f"window{mask.window}" if mask.window else "full"
-    caches = context.kv_caches(k, v, group)
+    caches, static = context.kv_caches(k, v, group), context.kv_scales(module)
     if context.observing:
         return q.new_empty(1, q.shape[0], q.shape[1], v.shape[2]), None
     step = context.values
-    states = torch.ops.ingot.kv_write(k, v, *(step[c] for c in caches[:2]), step[f"slot_mapping_{group}"], *(step[c] for c in caches[2:]))
+    states = torch.ops.ingot.kv_write(k, v, *(step[c] for c in caches[:2]), step[f"slot_mapping_{group}"], *(step[c] for c in caches[2:]), *static)
     step.update(zip(caches, states, strict=False))  # without scales, two come back empty
     k_cache, v_cache, *scales = (step[c] for c in caches)
     out = torch.ops.ingot.paged_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -20,10 +20,12 @@ class TraceError(IngotError):
 class Context:
     """The states of a model: declared while its shapes run, handed out and replaced by newer versions while it is traced."""
 
-    def __init__(self, page_size: int, kv_dtype: torch.dtype | None, entry_point: str = "forward") -> None:
+    def __init__(self, page_size: int, kv_dtype: torch.dtype | None, entry_point: str = "forward", calibrated_modules: Mapping[int, str] | None = None) -> None:
         self.page_size = page_size
         self.kv_dtype = kv_dtype
         self.entry_point = entry_point
+        self.calibrated: dict[str, None] = {}  # weights that scale k and v, in the order of the calls
+        self._modules = calibrated_modules or {}  # names of modules by identity, where a checkpoint brings scales
         self.states: dict[str, StateSpec] = {}
         self.values: dict[str, torch.Tensor] = {}  # step inputs and current versions of the states; empty while shapes run
         self._sites: dict[str, int] = {}
@@ -69,6 +71,14 @@ class Context:
             if self.observing:
                 self.states[names[-1]] = spec
         return names
+
+    def kv_scales(self, module: torch.nn.Module) -> list[torch.Tensor | None]:
+        """The calibrated scales of k and v that a checkpoint brings for an attention module, if it brings any."""
+        if not self._modules:
+            return []
+        names = [f"{self._modules[id(module)]}.{n}_scale" for n in ("k", "v")]
+        self.calibrated |= dict.fromkeys(names)
+        return [self.values.get(n) for n in names]
 
     def kv_caches(self, k: torch.Tensor, v: torch.Tensor, group: str) -> list[str]:
         """Names of the caches of an attention call with new k [T, K, E] and v [T, K, F], and of their scales where they are quantized."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ingot.models.checkpoint import Checkpoint, recipes
+from ingot.models.checkpoint import Checkpoint, CheckpointError, recipes
 from ingot.models.quantization import QuantizationConfigError, method_of
 from ingot.ops.graph import Recipe
 
@@ -205,3 +205,53 @@ def test_tensors_that_contradict_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(QuantizationConfigError, match=r"no tensor ends in \.weight_scale"):
         read(tmp_path)
+
+
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def save_with_kv_scales(folder: Path, *, without: str = "") -> None:
+    """A Llama in FP8 with calibrated scales of k and v in each layer."""
+    tensors = {}
+    for name, parameter in AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).named_parameters():
+        module = name.removesuffix(".weight")
+        tensors[name] = parameter.data.clone()
+        if parameter.dim() == 2 and "embed" not in name and module != "lm_head":
+            tensors |= {name: parameter.data.to(torch.float8_e4m3fn), f"{module}.weight_scale": torch.ones(len(parameter), 1)}
+    for layer in range(2):
+        tensors |= {f"model.layers.{layer}.self_attn.{n}_scale": torch.tensor([0.02 + layer]) for n in "kv"}
+    tensors.pop(without, None)
+    save_file(tensors, folder / "model.safetensors")
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"], "kv_cache_scheme": KV,
+                    "config_groups": {"g": scheme(FP8, DYNAMIC | {"type": "float"})}}  # fmt: skip
+    config = LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"], quantization_config=quantization)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def test_calibrated_scales_of_a_kv_cache(tmp_path: Path) -> None:
+    """Weights that the writes to the cache take, when it is of the kind that was calibrated; dropped when it is of another."""
+    from ingot.models import source
+    from ingot.models.frontend import trace
+
+    save_with_kv_scales(tmp_path)
+    checkpoint, config = Checkpoint.open(tmp_path), source.resolve(str(tmp_path)).config
+    found = method_of(config)
+    assert found is not None
+    assert found.kv_cache == "fp8"
+    graph = trace(config, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn, kv_calibrated=True)
+    writes = [n for n in graph.fx.nodes if getattr(n.target, "__name__", "") == "kv_write.default"]
+    assert [[a.name for a in w.args[7:9]] for w in writes] == [[f"model_layers_{i}_self_attn_{n}_scale" for n in "kv"] for i in range(2)]
+    parameters = {w.recipe.params[0]: (w.shape, w.dtype) for w in graph.weights.values() if w.recipe.op == "tensor"}
+    bound = recipes(checkpoint, config, parameters)
+    assert bound["model.layers.1.self_attn.v_scale"].run(checkpoint.tensors, {}).tolist() == pytest.approx([1.02])
+    plain = trace(config, dtype=torch.float32)
+    assert not [n for n in plain.weights if n.endswith("k_scale")]
+    recipes(checkpoint, config, {w.recipe.params[0]: (w.shape, w.dtype) for w in plain.weights.values() if w.recipe.op == "tensor"})
+    save_with_kv_scales(tmp_path, without="model.layers.1.self_attn.v_scale")
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.1\.self_attn\.v_scale, which quantization_config\.kv_cache_scheme promises"):
+        recipes(Checkpoint.open(tmp_path), config, parameters)
+
+
+def test_a_kv_cache_scheme_that_is_not_known(tmp_path: Path) -> None:
+    with pytest.raises(QuantizationConfigError, match="kv_cache_scheme"):
+        method_of(LlamaConfig(quantization_config={"quant_method": "fp8", "kv_cache_scheme": KV | {"dynamic": True}}))
