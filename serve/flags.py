@@ -25,7 +25,7 @@ class CompileFlags:
     dtype: Annotated[str | None, _option("--dtype", help="auto, bfloat16, float16 or float32.")] = None
     quantize: Annotated[str | None, _option("--quantize", help="none, fp8, int8, int4-g32, int4-g64 or int4-g128: the weights are rounded.")] = None
     quantize_exclude: Annotated[str | None, _option("--quantize-exclude", help="Weights that stay: regular expressions, with commas between.")] = None
-    kv_cache_dtype: Annotated[str | None, _option("--kv-cache-dtype", help="auto, or a dtype for the KV cache.")] = None
+    kv_cache_dtype: Annotated[str | None, _option("--kv-cache-dtype", help="auto (as the checkpoint says), a dtype, or fp8 or int8: quantized.")] = None
     max_num_seqs: Annotated[int | None, _option("--max-num-seqs", min=1, help="Most sequences in one step.")] = None
     max_num_batched_tokens: Annotated[int | None, _option("--max-num-batched-tokens", min=1, help="Most tokens in one step.")] = None
     deterministic: Annotated[bool, _option("--deterministic", help="A request's tokens do not depend on its batch.")] = False

@@ -23,6 +23,7 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, claims
 from ..quantize import LARGEST
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import tanh
+from .quantize import byte, rows_of_words
 from .source import FLOATS, launch, power_of_two, supported
 
 PROGRAMS = 264
@@ -68,12 +69,15 @@ def attend(h, acc, top, total, unit, size, slope, position, begin, stop, length,
         p = tl.exp2(scores - origin[:, None])
         decay = tl.exp2(top - origin)
         total = total * decay + tl.sum(p, 1)
-        v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(h.dtype)
+        if v_scale is not None and BLOCK_F == F and F >= 64 and PRECISION is None:
+            v = rows_of_words(v_cache, row, there, F)
+        else:
+            v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(h.dtype)
         if v_scale is not None:
             scale = tl.load(v_scale + row, mask=there, other=0.0)
             larger = tl.maximum(unit, tl.max(scale, 0))
-            p *= (scale / larger)[None, :]
-            decay *= unit / larger
+            p *= (scale * (1.0 / larger))[None, :]
+            decay *= unit * (1.0 / larger)
             unit = larger
         acc = tl.dot(p.to(h.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = higher
@@ -260,7 +264,8 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         block_q = t.m // group
         numbered = (plus(seqs, 1), 1) if decode else (plus(tokens, seqs, block_q), block_q)
         blocks = constants | {"BLOCK_M": t.m, "BLOCK_N": t.n} | ({} if splits > 1 else {"lse": None})
-        first = launch(call, [attention_kernel, attend, tanh], inputs | per_head | outputs | sizes, blocks, (numbered, (kv_heads, 1), (splits, 1)),
+        functions = [attention_kernel, attend, rows_of_words, byte, tanh]
+        first = launch(call, functions, inputs | per_head | outputs | sizes, blocks, (numbered, (kv_heads, 1), (splits, 1)),
                        scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
         launches = [first]
         if splits > 1:

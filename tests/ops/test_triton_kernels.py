@@ -294,7 +294,7 @@ def attention_cases():
         "decode_fp8": case(decode, max_num_new=1, max_seqs=500, dtype=FP8),
         "decode_split_int8": case(decode, max_num_new=1, max_seqs=32, h=3, k=1, e=40, f=24, softcap=5.0, sinks=True, dtype=INT8),
         "ragged_fp8": case(ragged, h=6, k=2, e=40, f=72, alibi=True, dtype=FP8),
-        "ragged_window_int8": case(Batch((0, 70), (45, 30), page_size=8), window=21, dtype=INT8),
+        "ragged_window_int8": case(Batch((0, 70), (45, 30), page_size=8), f=64, window=21, dtype=INT8),
         "group_of_71": case(Batch((3,), (4,)), h=71, k=1, e=16, f=16),
     }
 
