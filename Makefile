@@ -14,7 +14,7 @@ demo: $(STAMP)
 	.venv/bin/python -m ingot.serve.demo
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist worksteal  # neighbours stay on one worker, and so do the fixtures that they share
 
 lint: $(STAMP)
 	.venv/bin/ruff check

@@ -32,6 +32,7 @@ from ingot.ops.target import Target, here, resolve
 
 from . import embedding
 from .call import dtype_name
+from .codegen import triton
 from .codegen.emit import Emitter
 from .inputs import Inputs, inputs_of
 from .outline import Outline
@@ -249,6 +250,8 @@ class Job:
 
     def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
         """The model's graph after all passes, and the number of calls after each. `done` is told when a stage ends."""
+        if self.target.kind == "cuda":
+            triton.warm_up()
         progress("trace", 0.0)
         method, kv_cache = method_of(self.source.config), self.options.kv_cache_dtype
         traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),

@@ -6,8 +6,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ import msgspec
 from ingot.ops.errors import IngotError
 from ingot.ops.kernel import Source
 from ingot.ops.target import SHARED_MEMORY_BYTES, Target
+
+from .worker import WorkerDied, Workers
 
 
 class TritonCompileError(IngotError):
@@ -90,23 +90,25 @@ def compile_sources(sources: Sequence[Source], target: Target, jobs: int, progre
     Raises TritonCompileError, also when a compiler process dies.
     """
     names = {source: kernel_name(source, target) for source in sources}
+    if not names:
+        return []
     done: dict[str, Compiled] = {}
-    # -P: modules in the current folder must not shadow libraries
-    command = [sys.executable, "-P", "-m", f"{__package__}.triton_worker", str(max(1, min(jobs, len(names))))]
-    with tempfile.TemporaryFile() as requests, tempfile.TemporaryFile("w+") as stderr:
-        requests.write(b"".join(msgspec.json.encode((source, target)) + b"\n" for source in names))
-        requests.seek(0)
-        with subprocess.Popen(command, stdin=requests, stdout=subprocess.PIPE, stderr=stderr) as worker:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                compiled = msgspec.json.decode(line, type=Compiled)
-                done[compiled.name] = compiled
-                progress(len(done), len(names))
-        stderr.seek(0)
-        message = stderr.read().strip()
-    if worker.returncode != 0:
-        raise TritonCompileError(message[-4000:] or f"the process that compiles Triton kernels ended with status {worker.returncode}")
+    worker = _workers.take()
+    worker.send(f"{len(names)} {max(1, min(jobs, len(names)))}", *(msgspec.json.encode((source, target)).decode() for source in names))
+    try:
+        while len(done) < len(names):
+            compiled = msgspec.json.decode(worker.receive(), type=Compiled)
+            done[compiled.name] = compiled
+            progress(len(done), len(names))
+    except WorkerDied as died:
+        raise TritonCompileError(died.message or f"the process that compiles Triton kernels ended: {died.how}") from died
+    _workers.give_back(worker)
     return [done[names[source]] for source in sources]
+
+
+_workers = Workers("-m", f"{__package__}.triton_worker")
+warm_up = _workers.warm_up
+"""Have the compiling process import Triton while there is other work."""
 
 
 def _module(source: Source, name: str, folder: Path) -> ModuleType:

@@ -1,9 +1,9 @@
-"""Compiles Triton sources: `python -m ingot.compiler.codegen.triton_worker JOBS < requests`.
+"""Compiles Triton sources: `python -m ingot.compiler.codegen.triton_worker`, which reads requests and answers until its input ends.
 
-A request is a line of JSON, `[source, target]`, and so is an answer: a `Compiled`, in the order in which they are done. A
-program of its own, because workers that are forked from the compiling process inherit torch's threads and locks, and
-workers that are spawned import that process's main module again, which may be a script that compiles. Here one process
-imports Triton, and JOBS are forked from it while it has no threads.
+A request is a line `COUNT JOBS` and COUNT lines of JSON, `[source, target]`; an answer is COUNT lines of JSON, a `Compiled` each, in the
+order in which they are done. A program of its own, because workers that are forked from the compiling process inherit torch's
+threads and locks, and workers that are spawned import that process's main module again, which may be a script that compiles.
+Here one process imports Triton, and JOBS are forked from it while it has no threads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,17 @@ def _die_with_parent() -> None:
 
 def main() -> int:
     _die_with_parent()
-    requests = [msgspec.json.decode(line, type=tuple[Source, Target]) for line in sys.stdin.buffer]
-    with ProcessPoolExecutor(int(sys.argv[1]), mp_context=multiprocessing.get_context("fork"), initializer=_die_with_parent) as pool:
+    for line in sys.stdin.buffer:
+        count, jobs = map(int, line.split())
+        requests = [msgspec.json.decode(sys.stdin.buffer.readline(), type=tuple[Source, Target]) for _ in range(count)]
+        if status := compile_all(requests, jobs):
+            return status
+    return 0
+
+
+def compile_all(requests: list[tuple[Source, Target]], jobs: int) -> int:
+    """Answer the requests; 0, or the exit code of a failure."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_die_with_parent) as pool:
         waiting = {pool.submit(compile_source, *request): request for request in requests}
         try:
             for future in as_completed(waiting):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +18,8 @@ from typing import Any
 from ingot.ops.errors import IngotError
 from ingot.ops.kernel import Source
 from ingot.ops.target import Target, TargetError
+
+from .worker import Worker, WorkerDied, Workers
 
 _LAUNCHER = Path(__file__).with_name("tvm_parallel.c")
 _WORKER = Path(__file__).with_name("tvm_worker.py")
@@ -77,82 +75,20 @@ def compile_sources(
         subprocess.run(["cc", "-O2", "-fPIC", "-c", str(_LAUNCHER), "-o", str(launcher)], check=True)
         work = partial(_compile_share, target=json.dumps(llvm_target(target)), launcher=launcher, finished=lambda: progress(next(done), len(missing)))
         # taken here: a worker is killed with the thread that started it
-        list(pool.map(work, [_take() for _ in shares], shares))
+        list(pool.map(work, [_workers.take() for _ in shares], shares))
     return outputs
 
 
-def _compile_share(worker: _Worker, share: list[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
+def _compile_share(worker: Worker, share: list[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
     for path, source in share:
-        worker.compile(source.symbol, path, launcher, target)
+        worker.send(f"{source.symbol}\t{path.with_suffix('.py')}\t{path}\t{launcher}\t{target}")
+        try:
+            worker.receive()
+        except WorkerDied as died:
+            what = f"kernel {path.stem} did not compile (source: {path.with_suffix('.py')})"
+            raise CodegenError(f"{what}: {died.how}\n{died.message}") from died
         finished()
-    _idle.append(worker)  # one that failed has ended, and does not come here
+    _workers.give_back(worker)
 
 
-class _Worker:
-    """A process that has imported TVM. It serves all compilations of this process one after another, and ends with it."""
-
-    def __init__(self) -> None:
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the worker)
-        self._process = subprocess.Popen([sys.executable, "-P", str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it waits for work: it may have been killed meanwhile."""
-        return self._process.poll() is None
-
-    def compile(self, symbol: str, path: Path, launcher: Path, target: str) -> None:
-        """Write `path` from the text beside it. CodegenError, after which the worker is of no use."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{symbol}\t{path.with_suffix('.py')}\t{path}\t{launcher}\t{target}\n")
-            process.stdin.flush()
-        if process.stdout.readline():
-            return
-        code = process.wait()
-        process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        self._stderr.seek(0)
-        message = self._stderr.read()[-2000:].strip()
-        self._stderr.close()
-        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-        raise CodegenError(f"kernel {path.stem} did not compile (source: {path.with_suffix('.py')}): {how}\n{message}")
-
-    def close(self) -> None:
-        """Let it end."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._stderr.close()
-
-
-def _take() -> _Worker:
-    """An idle worker, or a new one."""
-    while _idle:
-        worker = _idle.pop()
-        if worker.alive:
-            return worker
-        worker.close()
-    return _Worker()
-
-
-_idle: list[_Worker] = []
-_parents: list[_Worker] = []
-
-
-def _leave_to_parent() -> None:
-    """In a process that was forked: workers talk to the one that started them."""
-    _parents.extend(_idle)
-    _idle.clear()
-
-
-os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-@atexit.register
-def _close_idle() -> None:
-    while _idle:
-        _idle.pop().close()
+_workers = Workers(str(_WORKER))

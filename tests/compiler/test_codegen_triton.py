@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ingot.compiler.codegen.triton import TritonCompileError, compile_source, compile_sources, kernel_name
+from ingot.compiler.codegen.worker import Workers
 from ingot.ops.kernel import Source
 from ingot.ops.target import GPU_ARCHES, Target
 
@@ -125,8 +126,6 @@ print(len(compile_sources([{SOURCE!r}], Target("cuda", "sm_90", ""), 2)))
 
 
 def test_a_worker_that_dies_is_told(monkeypatch):
-    import ingot.compiler.codegen.triton as module
-
-    monkeypatch.setattr(module, "__package__", "ingot.nothing")
+    monkeypatch.setattr("ingot.compiler.codegen.triton._workers", Workers("-m", "ingot.nothing"))
     with pytest.raises(TritonCompileError, match="No module named"):
         compile_sources([SOURCE], SM_90, 1)
