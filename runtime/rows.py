@@ -25,6 +25,7 @@ class Rows:
         self.launched_in = np.zeros(num_rows, np.int64)  # the last step with this row
         self.sampled_in = np.zeros(num_rows, np.int64)  # the last step that sampled for it,
         self.sampled_row = np.zeros(num_rows, np.int32)  # and there the row of logits
+        self.scores = np.zeros(num_rows, bool)  # whether prompt tokens may want log-probabilities
         self.sampling = np.zeros(num_rows, SAMPLING)
         self.chosen = np.zeros(num_rows, bool)  # by the host is its next token, when that step was collected
         self.ruled = np.zeros(num_rows, bool)  # its logits are changed before they are sampled
@@ -36,6 +37,7 @@ class Rows:
         self.num_computed[row] = self.num_named[row] = num_computed
         self.end[row] = seq.num_prompt + seq.max_tokens - 1
         self.room[row] = num_computed
+        self.scores[row] = seq.wants_prompt_logprobs
         self.launched_in[row] = self.sampled_in[row] = -1
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
         self.chosen[row] = seq.beams is not None

@@ -12,12 +12,15 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
 from .kv_cache import KVCache
 from .request import RequestError, Sequence, Status
 from .rows import Rows
+
+_ROW = attrgetter("row")
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Scheduler:
         assert self.num_launched - self.num_collected <= 1
         budget = _Budget(self.rows, self.max_num_batched_tokens, self.max_num_rows)
         preemptions = self.num_preemptions
-        rows = np.fromiter([s.row for s in self.running], np.int32, len(self.running))
+        rows = np.fromiter(map(_ROW, self.running), np.int32, len(self.running))
         uncomputed = self.rows.uncomputed(rows)
         decoding = np.flatnonzero(uncomputed == 1)[: min(budget.tokens, budget.rows)]
         prefilling = [self.running[i] for i in np.flatnonzero(uncomputed > 1).tolist()]
@@ -165,12 +168,12 @@ class Scheduler:
 
     def _step(self, items: dict[Sequence, int]) -> Step:
         state, sequences = self.rows, list(items)
-        rows = np.fromiter([s.row for s in sequences], np.int32, len(sequences))
+        rows = np.fromiter(map(_ROW, sequences), np.int32, len(sequences))
         num_new = np.fromiter(items.values(), np.int32, len(sequences))
         num_computed = state.num_computed[rows]
         pending = np.where(state.sampled_in[rows] >= self.num_collected, state.sampled_row[rows], -1)
         samples = num_computed + num_new == state.num_tokens[rows]
-        scoring = [i for i, s in enumerate(sequences) if s.wants_prompt_logprobs]
+        scoring = np.flatnonzero(state.scores[rows]).tolist()
         prompt_rows = [(sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring]
         return Step(self.num_launched, sequences, rows, num_computed, num_new, pending, samples, prompt_rows)
 
