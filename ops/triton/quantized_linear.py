@@ -29,6 +29,8 @@ from .quantize import row_scale, to_eight_bits
 from .source import FLOATS, launch, most, power_of_two, supported
 
 ROUNDINGS = {torch.float8_e4m3fn: "fp8_e4m3", torch.int8: "int8"}
+LARGEST_SCRATCH = 1 << 30
+"""Bytes that a weight may take when it is dequantized as a whole."""
 PLANES = 128
 """Columns that lie together in the 4-bit layout: 16 words, whose nibbles q are columns 16 q … 16 q + 15."""
 
@@ -340,6 +342,34 @@ def quantized_gemm_kernel(x, x_scale, weight, scale, zero, bias, residual, out, 
     tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def dequantize_kernel(weight, scale, zero, out, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                      SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A program makes 128 columns of BLOCK_N rows of the weight [N, K]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    begin = tl.program_id(1) * 128
+    k = begin + tl.arange(0, 128)[None, :]
+    inside = k < K
+    if BITS == 4:
+        word = begin // 8 + (k - begin) % 16
+        codes = (tl.load(weight + row * WORDS + word) >> ((k - begin) // 16 * 4)) & 15
+    else:
+        codes = tl.load(weight + row * WORDS + k, mask=inside, other=0.0)
+    h = codes.to(tl.float32)
+    group = tl.minimum(k // GROUP, SCALES - 1) if GROUP > 0 else k * 0
+    if zero is not None:
+        away = tl.load(zero + row * SCALES + group).to(tl.float32)
+        h += (0.0 if BITS == 4 else MIDDLE) - away
+    elif BITS == 4:
+        h -= MIDDLE
+    h *= tl.load(scale + row // SCALE_ROWS * SCALES + group).to(tl.float32)
+    tl.store(out + row * K + k, h.to(out.dtype.element_ty), mask=inside & (n < N))
+
+
 @dataclass(frozen=True)
 class Tile:
     """Of a GEMM: rows of the weight, rows of x, columns; warps, pipeline stages, splits of K."""
@@ -416,6 +446,8 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
     for i, tile in enumerate(_tiles(call, steps, target, rows, weights, rounding, width)):
         one = _gemm(call, constants, tile, rounding[0], rounding[1])
         found.append(replace(one, rank=(1.0 if rows == 1 else 0.0) + i / 10))
+    if not rounded and rows > 64:
+        found += _dequantized(call, constants, steps, target)
     if rounded and rounding[0] == torch.float8_e4m3fn and not weights.group and not rounding[1] and rows > 16:
         found += _library(call, steps, target)
     return found
@@ -527,6 +559,24 @@ def _gemm(call: Call, constants: dict[str, Any], t: Tile, dtype: torch.dtype | N
     launches.append(launch(call, [sum_splits_kernel], {"partial": partial} | addends | {"out": Operand(out=0)} | num_rows,
                            {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((tokens, 1), (width, 256)), scratch=scratch))  # fmt: skip
     return Candidate(f"gemm_{t}", tuple(launches), scratch)
+
+
+def _dequantized(call: Call, constants: dict[str, Any], steps: Steps, target: Target) -> list[Candidate]:
+    """The weight in the type of x, made anew in each step, then the library's product: what it costs is little beside a product with many rows."""
+    args = call.args
+    x, n, k = args["x"], args["n"], constants["K"]
+    if n * k * x.dtype.itemsize > LARGEST_SCRATCH or (args["act"] and args["bias"] is not None):
+        return []
+    plain = Tensor(x.dtype, (n, k))
+    names = ("WORDS", "BITS", "GROUP", "SCALES", "SCALE_ROWS", "MIDDLE")
+    blocks = {"N": n, "K": k, "BLOCK_N": 32, **{c: constants[c] for c in names}}
+    operands = {p: Operand(arg=p) for p in ("weight", "scale", "zero")} | {"out": Operand(out=0)}
+    made = Call("dequantize", args, (plain,))
+    head = Candidate("dequantize", (launch(made, [dequantize_kernel], operands, blocks, ((n, 32), (k, 128))),))
+    rest = {"act": args["act"]} if args["act"] else {"bias": args["bias"]} | ({"residual": args["residual"]} if args["residual"] is not None else {})
+    op = "linear_glu" if args["act"] else "linear" if args["residual"] is None else "linear_add"
+    tails = [c for c in claimants(Call(op, {"x": x, "weight": plain, **rest}, call.results), steps, target) if c.name.startswith("library")]
+    return [replace(chain(head, plain, "weight", tail), rank=0.05 if steps.max_tokens <= 512 else -1.0) for tail in tails]
 
 
 def _library(call: Call, steps: Steps, target: Target) -> list[Candidate]:
