@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ingot.artifacts.artifact import Artifact
-from ingot.artifacts.files import ArtifactError
+from ingot.artifacts.files import ArtifactError, read
 from ingot.artifacts.gate_record import refuse_failed
+from ingot.artifacts.manifest import MANIFEST, decode
 from ingot.artifacts.settings import settings
 from ingot.ops.target import check_runs_here
 
@@ -22,7 +24,8 @@ from .tokenizer import Tokenizer
 
 def load_served(path: Path | str, options: EngineOptions, progress: Progress = lambda stage, done: None) -> Engine | Embedder:
     """What serves the artifact at `path`: an engine, or an encoder's embedder. Raises what either does."""
-    if Artifact.open(path).manifest.entry_point == "embed":
+    manifest = Path(path) / MANIFEST
+    if manifest.is_file() and decode(read(manifest), manifest).entry_point == "embed":  # the artifact is checked by what loads it
         return Embedder(path, max_model_len=options.max_model_len, num_threads=options.num_threads, progress=progress)
     return load_engine(path, options, progress)
 
@@ -52,9 +55,11 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
         utilization=options.gpu_memory_utilization,
         num_pages=options.num_pages,
     )
-    progress("load kernels", 0.0)
-    executor = Executor(artifact, plans, memory, progress)
-    tokenizer = Tokenizer(artifact.root / "tokenizer") if (artifact.root / "tokenizer" / "tokenizer.json").exists() else None
+    with ThreadPoolExecutor(1) as pool:  # a tokenizer of a large vocabulary takes as long as the weights
+        tokenizing = pool.submit(Tokenizer, artifact.root / "tokenizer") if "tokenizer/tokenizer.json" in manifest.files else None
+        progress("load kernels", 0.0)
+        executor = Executor(artifact, plans, memory, progress)
+        tokenizer = None if tokenizing is None else tokenizing.result()
     engine = Engine(executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching,
                     max_num_batched_tokens=options.max_num_batched_tokens, overlap=options.overlap)  # fmt: skip
     progress(f"ready in {time.perf_counter() - start:.1f} s", 1.0)

@@ -13,7 +13,6 @@ def prepare(stages: Stages) -> None:
     """Make the GPU's context in a thread, which takes long and needs nothing imported, and import torch meanwhile."""
     threading.Thread(target=make_context, daemon=True).start()
     stages.enter("import torch")
-    from ingot.runtime.import_torch import import_torch
+    import torch  # noqa: F401
 
-    import_torch()
     stages.enter("import Ingot")
