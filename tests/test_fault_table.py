@@ -59,7 +59,7 @@ MADE_BY = {
     "config that lies about shapes": [
         "test_faults.py::test_a_config_that_lies_is_found_before_the_long_work",
         "models/test_checkpoint.py::test_one_error_lists_everything",
-        "test_faults.py::test_an_error_is_told_without_a_traceback",
+        "serve/test_cli.py::test_an_error_is_one_message_and_exit_code_1",
     ],
     "NaN or infinite weights": [
         "test_faults.py::test_weights_that_are_not_numbers_are_refused_by_name",
