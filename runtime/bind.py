@@ -37,11 +37,21 @@ def bind(
     """
     by_name = {v.name: v for v in variant.values}
     tensors: dict[str, torch.Tensor] = {}
+    arenas: dict[str, torch.Tensor] = {}  # by dtype
 
     def tensor(name: str) -> torch.Tensor:
         if name not in tensors:
-            tensors[name] = _tensor(by_name[name], by_name, sizes, roots, arena)
+            tensors[name] = _tensor(by_name[name], by_name, sizes, base)
         return tensors[name]
+
+    def base(root: Value) -> tuple[torch.Tensor, int]:
+        """What a root lies in, and at which element."""
+        if root.storage != "arena":
+            return roots[root.name], int(roots[root.name].storage_offset())
+        if root.dtype not in arenas:
+            arenas[root.dtype] = arena.view(getattr(torch, root.dtype))
+        # what has no elements may lie behind the end
+        return arenas[root.dtype], root.arena_offset // arenas[root.dtype].itemsize if root.arena_offset < arena.numel() else 0
 
     calls: list[Callable[[], object]] = []
     for entry in variant.entries[part]:
@@ -54,21 +64,16 @@ def bind(
     return BoundPlan(tuple(calls), tuple(tensor(r) for r in variant.results))
 
 
-def _tensor(value: Value, values: Mapping[str, Value], sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor) -> torch.Tensor:
+def _tensor(value: Value, values: Mapping[str, Value], sizes: Mapping[str, int], base: Callable[[Value], tuple[torch.Tensor, int]]) -> torch.Tensor:
     shape = [evaluate(d, sizes) for d in value.shape]
-    root = values[value.root] if value.root else value
-    if root.storage == "arena":
-        dtype = getattr(torch, root.dtype)
-        base = arena[root.arena_offset :].view(dtype) if root.arena_offset < arena.numel() else arena[:0].view(dtype)
-    else:
-        base = roots[root.name]
+    memory, begin = base(values[value.root] if value.root else value)
     if value.strides is not None:
         strides = [evaluate(d, sizes) for d in value.strides]
     else:
         strides = [1] * len(shape)
         for i in range(len(shape) - 2, -1, -1):
             strides[i] = strides[i + 1] * max(shape[i + 1], 1)
-    return base.as_strided(shape, strides, base.storage_offset() + evaluate(value.offset, sizes))
+    return memory.as_strided(shape, strides, begin + evaluate(value.offset, sizes))
 
 
 def _eager(entry: Entry, args: list[Any], kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> Callable[[], object]:
