@@ -1,4 +1,4 @@
-"""The whole path for the shapes that the bundled model does not have: experts, latent attention, windows, sinks, recurrent states."""
+"""The whole path for what the bundled model does not have: experts, latents, windows, sinks, recurrent states, and several groups of them."""
 
 from pathlib import Path
 
@@ -20,7 +20,11 @@ def home(shared_home: Path):
         yield
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gemma2", "gpt_oss", "mamba2"])
+DAILY = ["mixtral", "deepseek_v3", "gemma2", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1"]
+NIGHTLY = ["bloom", "deepseek_v32", "falcon", "gemma3_text", "jamba", "kimi_linear", "longcat_flash", "minimax", "nemotron_h", "recurrent_gemma", "rwkv"]
+
+
+@pytest.mark.parametrize("model_type", [*DAILY, *(pytest.param(m, marks=pytest.mark.nightly) for m in NIGHTLY)])
 def test_compiled_greedy_equals_transformers(model_type: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny.config(model_type), dtype=torch.float32, attn_implementation="eager").eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ingot.ops import Graph
+from ingot.ops import Graph, Recipe
 
 aten = torch.ops.aten
 ingot = torch.ops.ingot
@@ -85,12 +85,17 @@ def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
 
 
 def drop_unused(graph: Graph) -> Graph:
-    """Remove nodes, and weights, that nobody uses."""
+    """Remove nodes, and weights, that nobody uses; then constants that no recipe names."""
     graph.fx.eliminate_dead_code()
     for name, node in graph.placeholders.items():
         if name in graph.weights and not node.users:
             graph.fx.erase_node(node)
-            recipe = graph.weights.pop(name).recipe
-            if recipe.op == "constant":
-                graph.constants.pop(recipe.params[0], None)
+            del graph.weights[name]
+    named = {n for w in graph.weights.values() for n in _constants(w.recipe)}
+    for name in [n for n in graph.constants if n not in named]:
+        del graph.constants[name]
     return graph
+
+
+def _constants(recipe: Recipe) -> list[str]:
+    return [recipe.params[0]] if recipe.op == "constant" else [n for i in recipe.inputs for n in _constants(i)]

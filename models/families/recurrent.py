@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..swaps.context import TraceError, current
 from . import adapts
@@ -40,12 +41,18 @@ def recurrent_gemma(self: Any, input_states: torch.Tensor, position_ids: torch.T
     return self.linear_out(self.rg_lru(x.unsqueeze(0), position_ids) * self.act_fn(self.linear_y(input_states))), None
 
 
-@adapts("recurrent_gemma.RecurrentGemmaRglru", method="_rnn_scan")
-def rg_lru(self: Any, hidden_states: torch.Tensor, recurrent_gate: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """A sequence is reset where it starts, which is where the op starts from zeros."""
-    x, decay = hidden_states.squeeze(0), recurrent_gate.squeeze(0)
+@adapts("recurrent_gemma.RecurrentGemmaRglru")
+def rg_lru(self: Any, activations: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Gates are block-diagonal, a block for each head. A sequence is reset where it starts, which is where the op starts from zeros."""
+    x = activations.squeeze(0)
+    heads = x.unflatten(-1, (self.num_attention_heads, self.block_width))
+    gates = ((self.input_gate_weight, self.input_gate_bias), (self.recurrent_gate_weight, self.recurrent_gate_bias))
+    gate, recurrent = (torch.sigmoid((_ingot.head_linear(heads, weight, True) + bias).flatten(1)) for weight, bias in gates)
+    log_decay = -8.0 * recurrent * F.softplus(self.recurrent_param)
+    norm = torch.where(position_ids.squeeze(0)[:, None] == 0, 1.0, torch.sqrt(1 - torch.exp(2 * log_decay)))
+    x, decay = x * gate * norm.to(x.dtype), torch.exp(log_decay)
     h = current().slot("lru_state", (int(x.shape[-1]),), torch.float32, lambda state, *step: _ingot.linear_recurrence(x, decay, state, *step))
-    return h.unsqueeze(0), None
+    return h.unsqueeze(0)
 
 
 @adapts("rwkv.RwkvSelfAttention", method="extract_key_value")
