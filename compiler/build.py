@@ -136,8 +136,6 @@ class Job:
             raise CompileError("--quantize-exclude names weights that --quantize leaves alone; give --quantize too")
         if options.tune and options.defer_gate:
             raise CompileError("--tune measures kernels and --defer-gate runs none; give one of the two")
-        if options.deterministic:
-            raise CompileError("--deterministic is not available yet: reduction orders depend on the kernels that a step's size selects; compile without it")
         if options.kv_cache_dtype not in ("auto", *KV_DTYPES):
             raise CompileError(f"--kv-cache-dtype {options.kv_cache_dtype} is unknown: use auto, {', '.join(KV_DTYPES)}")
         kv_cache = options.kv_cache_dtype
@@ -201,6 +199,8 @@ class Job:
             done("kernels")
             planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for outline, of_it in programs for s in of_it)
             plans = [v if _capturable(v) else msgspec.structs.replace(v, capture=()) for v in planned if not v.decodes or _capturable(v)]
+            if self.options.deterministic:
+                _check_deterministic(plans, self.target)
             for variant in plans:
                 writer.add_plan(variant)
             used = {e.kernel for v in plans for e in v.entries if e.backend != "torch"}
@@ -292,6 +292,13 @@ class Job:
             dtype=self.options.dtype,
             num_parameters=sum(num_elements(w) for w in graph.weights.values() if w.recipe.op != "constant"),
         )
+
+
+def _check_deterministic(plans: Iterable[Variant], target: Target) -> None:
+    """CompileError when a plan runs anything but generated kernels and copies: who knows in what order it adds."""
+    others = sorted({e.target for v in plans for e in v.entries if e.backend == "torch" and e.target != "aten.clone"})
+    if others:
+        raise CompileError(f"--deterministic: on {target} no generated kernel computes {', '.join(others)}; compile without it")
 
 
 def _capturable(variant: Variant) -> bool:

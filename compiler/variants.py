@@ -27,9 +27,12 @@ def variants(target: Target, max_num_seqs: int, max_num_batched_tokens: int, det
 
     On a GPU, steps of up to `LAST_CAPTURED` tokens are padded to a bucket and replayed as a CUDA graph: launching their kernels
     one by one takes longer than they run. On a CPU nothing is padded: a variant is a range of T for which the same kernels are best.
+    Deterministic steps are one variant, so that the same kernels compute all of them.
     """
     specs = []
-    if target.kind == "cuda":
+    if deterministic:
+        ranges = [max_num_batched_tokens]
+    elif target.kind == "cuda":
         for n in decode_buckets(max_num_seqs):
             specs.append(VariantSpec(f"decode_{n}", Steps(n, n, 1, n, True, page_size(target), deterministic), (n,)))
         ranges = [n for n in (64, LAST_CAPTURED) if n < max_num_batched_tokens] + [max_num_batched_tokens]
@@ -38,7 +41,7 @@ def variants(target: Target, max_num_seqs: int, max_num_batched_tokens: int, det
     before = 0
     for n in ranges:
         rows = min(n, max(max_num_seqs, MAX_PROMPT_ROWS))
-        captured = tuple(t for t in token_buckets(n) if before < t) if target.kind == "cuda" and n <= LAST_CAPTURED else ()
+        captured = tuple(t for t in token_buckets(min(n, LAST_CAPTURED)) if before < t) if target.kind == "cuda" and before < LAST_CAPTURED else ()
         specs.append(VariantSpec(f"tokens_{n}", Steps(n, min(n, max_num_seqs), n, rows, False, page_size(target), deterministic), captured))
         before = n
     return specs

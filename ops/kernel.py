@@ -42,7 +42,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps that a variant serves: 1 ≤ T ≤ max_tokens, at most `max_num_new` new tokens a sequence. `exact`: T = S = R = max_tokens, always."""
+    """The steps that a variant serves: 1 ≤ T ≤ max_tokens, at most `max_num_new` new tokens a sequence. `exact`: T = S = R = max_tokens, always.
+
+    `deterministic`: what a kernel computes for a row must not depend on the other rows, nor on how many there are.
+    """
 
     max_tokens: int
     max_seqs: int
@@ -119,10 +122,14 @@ CLAIMS: dict[tuple[str, Backend], list[Claim]] = {}
 
 
 def claimants(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    """All candidates of a dialect call for a target, best rank first: those of its generated backend, then the libraries'."""
+    """All candidates of a dialect call for a target, best rank first: those of its generated backend, then the libraries'.
+
+    Of deterministic steps the generated ones alone: how a library reduces depends on how many rows it is given.
+    """
     generated: Backend = "triton" if target.kind == "cuda" else "tvm"
     families = [claim for backend in (generated, "torch") for claim in CLAIMS.get((call.op, backend), ())]  # type: ignore[call-overload]
-    return sorted((c for claim in families for c in claim(call, steps, target)), key=lambda c: c.rank)
+    found = sorted((c for claim in families for c in claim(call, steps, target)), key=lambda c: c.rank)
+    return [c for c in found if not steps.deterministic or all(launch.source.backend == generated for launch in c.launches)]
 
 
 def claims(op: str, backend: Backend) -> Callable[[Claim], Claim]:

@@ -145,8 +145,8 @@ def _sample(model_logits: torch.Tensor, rows: SamplingRows, processed: torch.Ten
     tokens = torch.where(finite, tokens, none).int()
     if rows.num_logprobs == 0:
         return Sampled(tokens, logprobs)
-    top = model_logits.topk(min(rows.num_logprobs, model_logits.shape[1]))
-    return Sampled(tokens, logprobs, top.indices.int(), top.values - total)
+    top = _largest(model_logits, min(rows.num_logprobs, model_logits.shape[1]))
+    return Sampled(tokens, logprobs, top.int(), model_logits.gather(1, top) - total)
 
 
 def _choose(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:

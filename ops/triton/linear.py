@@ -182,7 +182,8 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     if x.dtype == torch.float32:
         return list(EXACT[:1] if most_rows <= 16 else EXACT)
     tiles = []
-    for t in FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 else MANY_ROWS:
+    # of deterministic steps one tile serves all: one that still streams the weight when rows are few
+    for t in FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 or steps.deterministic else MANY_ROWS:
         # two weights double the accumulator and the traffic of a tile: halve its width
         t = replace(t, n=min(max(t.n // weights, 16), max(16, power_of_two(width))), k=min(t.k, max(16, power_of_two(depth))))
         stages = min(t.stages, SHARED_MEMORY_BYTES[target.isa] // replace(t, stages=1).shared_bytes(x.dtype.itemsize, weights))

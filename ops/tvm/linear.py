@@ -2,7 +2,7 @@
 
 A task makes eight columns. It takes the weight rows behind them by fours, and these meet all rows of x while they
 lie in the first cache: rows of x by fours, the rest one by one, each product a vector of partial sums that is reduced at
-the end of K. Larger T is oneDNN's (the claimants of `ops/library.py`), over the same weight.
+the end of K. Larger T is oneDNN's (the claimants of `ops/library.py`), over the same weight, unless steps are deterministic.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
 def _candidates(call: Call, steps: Steps, target: Target, addends: list[str]) -> list[Candidate]:
     x, weight = call.args["x"], call.args["weight"]
     tensors = [x, weight, *(call.args[a] for a in addends)]
-    if len(x.shape) != 2 or steps.bound(x.shape[0]) > MAX_ROWS or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
+    most_rows = steps.bound(x.shape[0])
+    if len(x.shape) != 2 or (most_rows > MAX_ROWS and not steps.deterministic) or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
         return []
     if math.prod(numbers(weight.shape)) >= 1 << 31:  # indices are int32
         return []
-    text = _script(Vectors(target), call, min(steps.bound(x.shape[0]), MAX_ROWS), addends)
+    text = _script(Vectors(target), call, most_rows, addends)
     operands = [Operand(arg=a) for a in ("x", "weight", *addends)] + [Operand(out=0)]
     return [Candidate("stream", (Launch(Source(call.op, "tvm", call.op, text), tuple(operands)),))]
 
@@ -63,20 +64,24 @@ def _script(v: Vectors, call: Call, max_rows: int, addends: list[str]) -> str:
     result = f"{v.call(act, results[0])} * {results[1]}" if act else results[0]
     count = f"T.min({columns} - first, {COLUMNS})" if columns % COLUMNS else str(COLUMNS)
     for addend in addends:
-        result += f" + {v.load(dtype, 'bias[first]' if addend == 'bias' else 'residual[t, first]', count)}"
+        result += f" + {v.load(dtype, 'bias[first]' if addend == 'bias' else 'residual[base + t, first]', count)}"
 
-    allocated = "\n".join(f'{name} = T.alloc_buffer(({max_rows * COLUMNS},), "float32", scope="global")' for name in tile.sums)
-    by_group = f"for group in T.serial(rows // {GROUP}):\n{tile(GROUP, f'group * {GROUP}')}"
+    held = min(max_rows, MAX_ROWS)
+    allocated = "\n".join(f'{name} = T.alloc_buffer(({held * COLUMNS},), "float32", scope="global")' for name in tile.sums)
+    by_group = f"for group in T.serial(height // {GROUP}):\n{tile(GROUP, f'group * {GROUP}')}"
     body = f"""
 for task in T.parallel({-(-columns // COLUMNS)}):
     first: T.let = task * {COLUMNS}
-{indent(allocated, "    ")}
-    for part in T.serial({COLUMNS // tile.width}):
-{indent(by_group, "        ") if max_rows >= GROUP else ""}
-        for single in T.serial(rows % {GROUP}):
-{indent(tile(1, f"rows // {GROUP} * {GROUP} + single"), "        ")}
-    for t in T.serial(rows):
-        {v.store(dtype, "y[t, first]", result, count)}
+    for block in T.serial({f"(rows + {MAX_ROWS - 1}) // {MAX_ROWS}" if max_rows > MAX_ROWS else "1"}):
+        base: T.let = block * {MAX_ROWS}
+        height: T.let = T.min(rows - base, {MAX_ROWS})
+{indent(allocated, "        ")}
+        for part in T.serial({COLUMNS // tile.width}):
+{indent(by_group, "            ") if max_rows >= GROUP else ""}
+            for single in T.serial(height % {GROUP}):
+{indent(tile(1, f"height // {GROUP} * {GROUP} + single"), "            ")}
+        for t in T.serial(height):
+            {v.store(dtype, "y[base + t, first]", result, count)}
 """
     shapes = {"bias": (columns,), "residual": ("rows", columns)}
     buffers: list[Buffer] = [("x", dtype, ("rows", k)), ("weight", dtype, (n, k)), *((a, dtype, shapes[a]) for a in addends), ("y", dtype, ("rows", columns))]
@@ -124,5 +129,5 @@ class _Tile:
         rows = [f"{self.columns} + {column}" if r >= self.width else column for r, column in enumerate(columns)]
         ahead = PREFETCH_BYTES // BYTES[self.dtype]
         fetch = [] if count else [v.prefetch(f"weight[{row}, {k} + {ahead}]") for row in rows]
-        products = [f"    acc{r}[m] = {v.dot(self.dtype, f'acc{r}[m]', f'x[t + m, {k}]', f'weight[{row}, {k}]', count)}" for r, row in enumerate(rows)]
+        products = [f"    acc{r}[m] = {v.dot(self.dtype, f'acc{r}[m]', f'x[base + t + m, {k}]', f'weight[{row}, {k}]', count)}" for r, row in enumerate(rows)]
         return "\n".join([*fetch, f"for m in T.unroll({group}):", *products])
