@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,14 +43,33 @@ def _resolve(name: str, flags: CompileFlags) -> Path:
     found = find_artifact(name)
     if found is not None:
         return _as_it_is(found, name, flags)
-    note = settings().home / "resolved" / _fingerprint(name, flags)
-    if note.is_file() and (Path(note.read_text()) / "manifest.json").is_file():
-        return Path(note.read_text())
+    note = _notes() / _fingerprint(name, flags)
+    if (noted := _noted(note)) is not None:
+        return noted
     path = _compile(name, flags)
     with contextlib.suppress(OSError):  # a store that cannot be written serves what it has; only the note is missing next time
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(path))
+        partial = note.with_name(f".{note.name}.{os.getpid()}")
+        partial.write_text(str(path))
+        partial.replace(note)
     return path
+
+
+def forget_removed() -> None:
+    """Delete the notes whose artifacts are gone."""
+    for note in _notes().glob("*"):
+        if _noted(note) is None:
+            note.unlink(missing_ok=True)
+
+
+def _notes() -> Path:
+    return settings().home / "resolved"
+
+
+def _noted(note: Path) -> Path | None:
+    """The artifact that a note names; None when there is no such note, or no such artifact any more."""
+    path = Path(note.read_text()) if note.is_file() else None
+    return path if path is not None and path.is_absolute() and (path / MANIFEST).is_file() else None
 
 
 def find_artifact(name: str) -> Path | None:

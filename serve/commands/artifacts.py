@@ -86,7 +86,10 @@ def _gate(artifact: Artifact, must: bool) -> str:
 @app.command()
 def gc(as_json: Json = False) -> None:
     """Remove what killed compilers left behind and what no artifact uses."""
+    from ..resolve import forget_removed
+
     collected = _store().gc()
+    forget_removed()
     if as_json:
         print(json.dumps({"folders": collected.folders, "blobs": collected.blobs, "bytes": collected.nbytes}))
     else:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ingot.serve import resolve as resolving
+from ingot.serve.cli import app
 from ingot.serve.errors import ResolveError
 from ingot.serve.flags import CompileFlags
 from ingot.serve.resolve import resolve
@@ -72,6 +74,17 @@ def test_an_artifact_that_is_gone_is_compiled_again(model: Path, artifact: Path,
     note.write_text(str(model))
     resolve(str(model), CompileFlags())
     assert len(compiled) == 2
+
+
+def test_gc_forgets_what_is_gone_and_keeps_what_is_there(model: Path, artifact: Path, compiled: list[object]) -> None:
+    resolve(str(model), CompileFlags())
+    (note,) = (Path(os.environ["INGOT_HOME"]) / "resolved").iterdir()
+    for name, text in (("gone", str(model)), ("cut", "")):
+        note.with_name(name).write_text(text)
+    assert CliRunner().invoke(app, ["artifacts", "gc"]).exit_code == 0
+    assert list(note.parent.iterdir()) == [note]
+    resolve(str(model), CompileFlags())
+    assert len(compiled) == 1
 
 
 def test_flags_travel_to_the_compiler_as_they_were_given() -> None:
