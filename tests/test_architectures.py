@@ -40,3 +40,7 @@ def test_compiled_greedy_equals_transformers(model_type: str, tmp_path: Path) ->
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         assert list(output.outputs[0].token_ids) == ids[len(prompt) :]
+    # once more, from pages that are in the cache: of windows those before the prefix' end
+    again = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
+    assert (llm.engine.stats().prefix_hit_tokens > 0) == (model_type != "mamba2")

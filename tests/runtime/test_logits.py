@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as hf
 
 from ingot.runtime.batch import StepBatch, StepLayout, StepSize
@@ -13,7 +14,7 @@ from ingot.runtime.logit_rules import LogitEdits, LogitRules
 from ingot.runtime.logits import DeviceEdits, LogitsProcessor
 from ingot.runtime.records import SAMPLING, sampling_record
 from ingot.runtime.request import Request, RequestError, SamplingParams, Sequence
-from ingot.runtime.sampler import SamplingRows, sample
+from ingot.runtime.sampler import Sampler, SamplingRows, sample
 
 VOCAB, EOS = 97, (7,)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -122,11 +123,7 @@ def test_no_rules_no_edits():
 
 
 def rows_of(params: list[SamplingParams]) -> SamplingRows:
-    batch = StepBatch(NO_PAGES, StepSize(1, 1, len(params), 256))
-    records = np.frombuffer(b"".join(sampling_record(p, i) for i, p in enumerate(params)), SAMPLING)
-    for name in SAMPLING.names:
-        batch.arrays[name][:] = records[name]
-    return SamplingRows.from_batch(batch)
+    return SamplingRows.from_batch(batch_of(params))
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
@@ -165,6 +162,60 @@ def test_nothing_left_is_told_from_a_damaged_model():
 def test_rules_that_cannot_be_kept(params, message):
     with pytest.raises(RequestError, match=message):
         sequence(SamplingParams(**params), [1], 0)
+
+
+class Calls(TorchDispatchMode):
+    """The torch calls made within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def batch_of(params: list[SamplingParams], edits: LogitEdits | None = None) -> StepBatch:
+    batch = StepBatch(NO_PAGES, StepSize(len(params), len(params), len(params), 256))
+    records = np.frombuffer(b"".join(sampling_record(p, i) for i, p in enumerate(params)), SAMPLING)
+    for name in SAMPLING.names:
+        batch.arrays[name][:] = records[name]
+    batch.arrays["logits_rows"][:] = np.arange(len(params))
+    batch.edits = edits
+    return batch
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_p=0.9, logprobs=1)], ids=["greedy", "drawn"])
+def test_without_rules_a_step_makes_the_same_calls(params):
+    batch, logits, ids = batch_of([params] * 4), torch.randn(4, VOCAB), torch.arange(4, dtype=torch.int32)
+    sampler = Sampler(4, VOCAB, torch.device("cpu"))
+    with Calls() as with_sampler:
+        sampler(logits, batch, ids)
+    with Calls() as alone:
+        sample(logits, SamplingRows.from_batch(batch))
+    assert with_sampler.names == alone.names
+    edits = LogitEdits.pack([(0, sequence(EXAMPLES["bias"], [1], 0), 0)])
+    with Calls() as with_rules:
+        sampler(logits, batch_of([params] * 4, edits), ids)
+    assert len(with_rules.names) > len(alone.names)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_the_device_is_not_waited_for():
+    running = [sequence(p, [1, 2, 3, i], i) for i, p in enumerate(EXAMPLES.values())]
+    edits = LogitEdits.pack([(r, s, 0) for r, s in enumerate(running)])
+    batch = batch_of([SamplingParams(temperature=0.8, top_p=0.9, logprobs=2)] * len(running), edits)
+    logits, ids, buffer = torch.randn(len(running), VOCAB).cuda(), torch.arange(len(running), dtype=torch.int32).cuda(), torch.from_numpy(batch.buffer).cuda()
+    sampler = Sampler(len(running), VOCAB, torch.device("cuda"))
+    sampler(logits, batch, ids, buffer)  # the counts are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampled = sampler(logits, batch, ids, buffer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (sampled.token_ids >= 0).all()
 
 
 class Words:
