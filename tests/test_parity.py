@@ -25,6 +25,15 @@ def artifact(shared_home: Path) -> Path:
         return compile_model("bundled", options).path
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("auto", marks=pytest.mark.gpu)])
+def llm(request: pytest.FixtureRequest, shared_home: Path) -> LLM:
+    """The bundled model in float32 over few pages, here and on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INGOT_HOME", str(shared_home))
+        built = compile_model("bundled", CompileOptions(target=request.param, dtype="float32", max_num_seqs=64, max_num_batched_tokens=512))
+    return LLM(built.path, max_num_batched_tokens=64, num_pages=40)
+
+
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
@@ -103,9 +112,8 @@ def test_prompt_logprobs(artifact: Path, model, prompts: list[list[int]]) -> Non
             assert abs(output.prompt_logprobs[i].logprob - float(logits[i - 1, token])) < 1e-3
 
 
-def test_rules_for_logits_are_those_of_transformers(artifact: Path, model, prompts: list[list[int]]) -> None:
+def test_rules_for_logits_are_those_of_transformers(llm: LLM, model, prompts: list[list[int]]) -> None:
     """Greedy, one batch of everything, against `generate` with one prompt at a time."""
-    llm = LLM(artifact, max_num_batched_tokens=64)
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
     words = ["import", "self.", "return"]
@@ -128,9 +136,8 @@ def test_rules_for_logits_are_those_of_transformers(artifact: Path, model, promp
         assert output.outputs[0].token_ids == wanted[0, len(prompt) :].tolist(), options
 
 
-def test_beams_are_those_of_transformers(artifact: Path, model, prompts: list[list[int]]) -> None:
+def test_beams_are_those_of_transformers(llm: LLM, model, prompts: list[list[int]]) -> None:
     """Searches and plain requests in one batch, over few pages, against `generate` with one prompt at a time."""
-    llm = LLM(artifact, max_num_batched_tokens=64, num_pages=40)
     tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
     newline = tokenizer.encode("\n")
