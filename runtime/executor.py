@@ -86,13 +86,15 @@ class Executor:
         compiled = CompiledSampler(sampling, self._kernels, self.device) if sampling else None
         self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device, compiled)
         self._arena = torch.empty(max(v.arena_bytes for v in forward), dtype=torch.uint8, device=self.device)
+        # where a graph cannot hold the plan, references look at sequences one by one, and are spared those that are none
+        self._pads = any(v.capture for v in forward)
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
         self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
         self._capture(progress)
 
     def batch(self, size: StepSize) -> StepBatch:
         """A batch for the next step, of the size that its variant runs at."""
-        return self._staging.batch(size, padded(size, self._variant(size)) if self.device.type == "cuda" else size)
+        return self._staging.batch(size, padded(size, self._variant(size)) if self._pads else size)
 
     def launch(self, batch: StepBatch) -> LaunchedStep:
         """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
