@@ -1,5 +1,6 @@
 # make demo: compile the bundled model for this machine and watch it answer. make test: everything that CI runs.
-# Both make the environment in .venv first; it is made once and again when what it installs has changed.
+# make nightly: the long tests, their result written to tests/nightly.json.
+# All make the environment in .venv first; it is made once and again when what it installs has changed.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -8,13 +9,16 @@ comma := ,
 STAMP := .venv/.installed
 PACKAGES := artifacts compiler models ops runtime serve  # mypy finds no editable install whose folders have other names
 
-.PHONY: demo test lint clean
+.PHONY: demo test nightly lint clean
 
 demo: $(STAMP)
 	.venv/bin/python -m ingot.serve.demo
 
 test: $(STAMP)
 	.venv/bin/python -m pytest -n 2 --dist worksteal  # neighbours stay on one worker, and so do the fixtures that they share
+
+nightly: $(STAMP)
+	.venv/bin/python -m pytest -n 2 -m "nightly and not gpu" --record
 
 lint: $(STAMP)
 	.venv/bin/ruff check

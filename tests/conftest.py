@@ -1,5 +1,8 @@
-"""What every test shares: no network, one torch thread a worker, and the flag that rewrites golden files."""
+"""What every test shares: no network, one torch thread a worker, and the flags that write files: golden graphs, the last nightly's result."""
 
+import datetime
+import importlib.metadata
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +15,20 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the compiler does now")
+    parser.addoption("--record", action="store_true", help="write the result of this run to tests/nightly.json, as `make nightly` does")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--record"):
+        stats = {k: terminalreporter.stats.get(k, []) for k in ("passed", "failed", "error", "skipped")}
+        result = {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "selected": " ".join(["-m", repr(config.getoption("-m")), *config.args]),
+            **{k: len(reports) for k, reports in stats.items()},
+            "failures": sorted(report.nodeid for k in ("failed", "error") for report in stats[k]),
+            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+        }
+        Path(__file__).with_name("nightly.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

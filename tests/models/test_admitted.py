@@ -42,11 +42,11 @@ def test_the_page_is_the_record() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("verdict", [pytest.param(v, id=v.model_type) for v in oracle.load() if not v.admitted])
-def test_refused(verdict: oracle.Verdict) -> None:
+@pytest.mark.timeout(1800)
+def test_refused() -> None:
     """Refusals are looked at again: what works by now should be admitted."""
-    (found,) = oracle.run([verdict.architecture])
-    assert (found.admitted, found.reason) == (False, verdict.reason)
+    recorded = {v.architecture: v.reason for v in oracle.load() if not v.admitted}
+    assert {v.architecture: v.reason for v in oracle.run(recorded) if not v.admitted} == recorded
 
 
 def test_reasons_are_words() -> None:
