@@ -76,6 +76,7 @@ class Executor:
         self._kernels: dict[str, Loaded] = {k.name: load(k, artifact.path(k.file)) for k in manifest.kernels if k.name in used}
         progress("load weights", 0.0)
         self._roots = weights.load(artifact, self.device, progress=lambda done, of: progress("load weights", done / max(of, 1)))
+        progress("allocate the KV cache", 0.0)
         for state in manifest.states:
             # zeros, so that no NaN of old memory meets a zero probability
             self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)

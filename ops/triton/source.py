@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +50,13 @@ def launch(call: Call, functions: Sequence[JITFunction], operands: Mapping[str, 
 
 def text(*functions: JITFunction) -> str:
     """A module that holds the jitted functions and nothing else."""
-    return "\n\n".join(["import triton\nimport triton.language as tl\n", *(inspect.getsource(f.fn) for f in reversed(functions))])
+    return "\n\n".join(["import triton\nimport triton.language as tl\n", *(_source(f.fn) for f in reversed(functions))])
+
+
+@functools.cache
+def _source(function: Any) -> str:
+    """Cached: finding where a function ends takes longer than all else that a candidate needs."""
+    return inspect.getsource(function)
 
 
 def _type(call: Call, operand: Operand, scratch: Sequence[Tensor]) -> str:

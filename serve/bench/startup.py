@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ingot.artifacts.artifact import Artifact
 from ingot.ops.errors import IngotError
 
 
@@ -33,7 +34,16 @@ def run(path: Path, repeats: int, server: bool, progress: Callable[[str, float],
     stages = {name: statistics.median(r["stages"].get(name, 0.0) for r in runs[1:]) for name in runs[-1]["stages"]}
     medians = {name: statistics.median(r[name] for r in runs[1:]) for name in ("ready", "first_token")}
     first = {name: runs[0][name] for name in medians}
-    return {"artifact": str(path), "process": "serve" if server else "generate", "seconds": medians, "stages": stages, "first_run_seconds": first}
+    nbytes = Artifact.open(path).manifest.weight_bytes
+    return {
+        "artifact": str(path),
+        "process": "serve" if server else "generate",
+        "seconds": medians,
+        "stages": stages,
+        "first_run_seconds": first,
+        "weight_bytes": nbytes,  # 0 when weights are made from seeds
+        "weights_gb_per_s": nbytes / 1e9 / stages["load weights"] if nbytes else None,
+    }
 
 
 def _generate(path: Path) -> dict[str, Any]:

@@ -142,3 +142,4 @@ def test_bench_gives_figures_beside_floors(ingot: Run, artifact: Path) -> None:
         assert 0 < start["seconds"]["ready"] < start["seconds"]["first_token"]
         assert {"python", "import torch", "import Ingot", "check the artifact", "load kernels", "load weights"} <= set(start["stages"])
         assert 0 < sum(start["stages"].values()) < start["seconds"]["ready"] + 0.1
+        assert start["weights_gb_per_s"] == pytest.approx(start["weight_bytes"] / 1e9 / start["stages"]["load weights"])
