@@ -5,8 +5,8 @@ A program takes a tile of a sequence's new tokens × the query heads of one kv h
 combines (Flash-Decoding, Dao et al. 2023). Otherwise tiles are numbered over the ragged batch, and each program finds
 its sequence in `cu_seqlens_q`. Grids depend on the step's sizes alone; what `seq_lens` makes unnecessary is skipped.
 
-A quantized cache is multiplied as it lies, in float16, which holds its values exactly: scales go to scores and probabilities,
-and queries and probabilities are kept within 1, so that nothing overflows.
+A quantized cache is multiplied in float16, which holds its values exactly: scales of keys go to the scores, those of values are taken relative to
+the largest so far, and queries are kept within 1, so that nothing overflows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, claims
 from ..quantize import LARGEST
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import tanh
-from .quantize import byte, rows_of_words
 from .source import FLOATS, launch, power_of_two, supported
 
 PROGRAMS = 264
@@ -69,14 +68,11 @@ def attend(h, acc, top, total, unit, size, slope, position, begin, stop, length,
         p = tl.exp2(scores - origin[:, None])
         decay = tl.exp2(top - origin)
         total = total * decay + tl.sum(p, 1)
-        if v_scale is not None and BLOCK_F == F and F >= 64 and PRECISION is None:
-            v = rows_of_words(v_cache, row, there, F)
-        else:
-            v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(h.dtype)
+        v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(h.dtype)
         if v_scale is not None:
             scale = tl.load(v_scale + row, mask=there, other=0.0)
             larger = tl.maximum(unit, tl.max(scale, 0))
-            p *= (scale * (1.0 / larger))[None, :]
+            v *= (scale * (1.0 / larger)).to(h.dtype)[:, None]  # v and not p: so v is widened before it is transposed, and not byte by byte
             decay *= unit * (1.0 / larger)
             unit = larger
         acc = tl.dot(p.to(h.dtype), v, acc * decay[:, None], input_precision=PRECISION)
@@ -264,7 +260,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         block_q = t.m // group
         numbered = (plus(seqs, 1), 1) if decode else (plus(tokens, seqs, block_q), block_q)
         blocks = constants | {"BLOCK_M": t.m, "BLOCK_N": t.n} | ({} if splits > 1 else {"lse": None})
-        functions = [attention_kernel, attend, rows_of_words, byte, tanh]
+        functions = [attention_kernel, attend, tanh]
         first = launch(call, functions, inputs | per_head | outputs | sizes, blocks, (numbered, (kv_heads, 1), (splits, 1)),
                        scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
         launches = [first]

@@ -22,7 +22,7 @@ from .activations import tanh
 from .attention import MAX_SPLITS, PROGRAMS, combine_kernel
 from .kv_cache import CACHES, scale_constants
 from .prefetch import prefetch_rows
-from .quantize import byte, row_scale, rows_of_words, to_eight_bits
+from .quantize import row_scale, to_eight_bits
 from .rotary import rotation, style_constants
 from .source import FLOATS, launch, power_of_two, supported
 
@@ -55,7 +55,7 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
                             STATIC: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
                             STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
                             CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """With SPLITS > 1, `out` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2; see `combine_kernel`."""
     GROUP: tl.constexpr = H // K
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -137,10 +137,7 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         there = n < high
         row = (tl.load(pages + n // PAGE, mask=there, other=0).to(tl.int64) * K + kv_head) * PAGE + n % PAGE
         k = tl.load(k_cache + row[None, :] * E + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0).to(q.dtype)
-        if WORDS:
-            v = rows_of_words(v_cache, row, there, F)
-        else:
-            v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(q.dtype)
+        v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(q.dtype)
         scores = tl.dot(q, k)
         if k_scale is not None:
             scores *= size[:, None] * tl.load(k_scale + row, mask=there, other=0.0)[None, :]
@@ -156,7 +153,7 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         if v_scale is not None:
             scale = tl.load(v_scale + row, mask=there, other=0.0)
             larger = tl.maximum(unit, tl.max(scale, 0))
-            p *= (scale * (1.0 / larger))[None, :]
+            v *= (scale * (1.0 / larger)).to(q.dtype)[:, None]  # v and not p: so v is widened before it is transposed, and not byte by byte
             decay *= unit * (1.0 / larger)
             unit = larger
         acc = tl.dot(p.to(q.dtype), v, acc * decay[:, None])
@@ -199,15 +196,14 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
         return []
     inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "seq_lens", "page_table", "sinks")}
     columns = {"num_columns": Operand(size=args["page_table"].shape[1])}
-    words = args["v_scale"] is not None and block_f == f and f >= 64
     found = []
     for rank, (splits, (block_n, warps, stages)) in enumerate((s, t) for s in _splits(steps, kv_heads) for t in TILES):
         constants: dict[str, Any] = {
             "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "EPS": args["eps"], "OFFSET": args["offset"], "SCALE": args["scale"],
             "WINDOW": args["window"], "CHUNK": args["chunk"], "SOFTCAP": args["softcap"], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e,
-            "BLOCK_F": block_f, "SPLITS": splits, "WORDS": words, "THREADS": 32 * warps,
+            "BLOCK_F": block_f, "SPLITS": splits, "THREADS": 32 * warps,
         } | scale_constants(call) | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
-        functions = [decode_attention_kernel, eight_bit_row, row_scale, to_eight_bits, rows_of_words, byte, head_rows, rotation, prefetch_rows, tanh]
+        functions = [decode_attention_kernel, eight_bit_row, row_scale, to_eight_bits, head_rows, rotation, prefetch_rows, tanh]
         tile = f"n{block_n}_w{warps}_s{stages}"
         grid = ((tokens, 1), (kv_heads, 1), (splits, 1))
         if splits == 1:
