@@ -18,7 +18,7 @@ from ingot.artifacts.artifact import ArtifactWriter
 from ingot.artifacts.check import CHECKS
 from ingot.artifacts.difference import INPUTS
 from ingot.artifacts.gate_record import DEFERRED, passed
-from ingot.artifacts.manifest import Group, ModelInfo, Options, State
+from ingot.artifacts.manifest import Embedding, Group, ModelInfo, Options, State
 from ingot.artifacts.plan import Variant
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
@@ -91,7 +91,7 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
     Raises IngotError subclasses for anything that the user can mend, before the long work starts where it can be known.
     """
     start = time.perf_counter()
-    job = Job.prepare(model, options)
+    job = _prepare(model, options)
     store = Store(settings().home)
     found = store.find(job.inputs.key)
     if found is None:
@@ -102,6 +102,14 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
     if output is not None:
         store.copy_out(job.inputs.key, output)
     return BuildReport(output or artifact.root, job.inputs.key, found is not None, artifact.manifest.report)
+
+
+def _prepare(model: str, options: CompileOptions) -> Job:
+    if not model.endswith(".onnx"):
+        return Job.prepare(model, options)
+    from .onnx.job import OnnxJob  # here: it is a kind of Job
+
+    return OnnxJob.prepare(model, options)
 
 
 @dataclass
@@ -173,8 +181,7 @@ class Job:
                                "a decode step takes a token of every sequence")  # fmt: skip
         table = Table() if options.tune else table_for(target)
         checkpoint = None if options.dummy_weights else Checkpoint.open(found.folder)
-        tuning = f"{table.name} {table.digest[:16]}" if table.name else "measured" if options.tune else "no table"
-        inputs = inputs_of(found, checkpoint, target, resolved, tuning)
+        inputs = inputs_of(found, checkpoint, target, resolved, table.key(options.tune))
         return cls(found, target, resolved, dtype, entry, longest, checkpoint, inputs, options.defer_gate, table, options.tune)
 
     def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> None:
@@ -245,7 +252,7 @@ class Job:
             states=tuple(State(n, s.group, dtype_name(s.dtype), s.shape) for n, s in graph.states.items()),
             report=report,
             entry_point=self.entry_point,
-            embedding=embedding.describe(graph, self.source) if self.entry_point == "embed" else None,
+            embedding=self._embedding(graph),
         )
 
     def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
@@ -280,11 +287,19 @@ class Job:
         logits = graph.fx.output_node().args[0][0].meta["val"]
         return sampling_programs(int(logits.shape[-1]), logits.dtype, self.options.max_num_seqs)
 
+    def _architecture(self) -> str:
+        config = self.source.config
+        return architecture(config) if self.entry_point == "embed" else (config.architectures or [type(config).__name__])[0]
+
+    def _embedding(self, graph: Graph) -> Embedding | None:
+        """How the entry point `embed` makes embeddings."""
+        return embedding.describe(graph, self.source) if self.entry_point == "embed" else None
+
     def _model_info(self, graph: Graph) -> ModelInfo:
         config = self.source.config
         return ModelInfo(
             name=self.source.name,
-            architecture=architecture(config) if self.entry_point == "embed" else (config.architectures or [type(config).__name__])[0],
+            architecture=self._architecture(),
             model_type=config.model_type,
             vocab_size=_vocab_size(graph),
             max_model_len=self.longest,

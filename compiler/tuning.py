@@ -50,6 +50,10 @@ class Table:
     digest: str = ""
     entries: dict[str, Tuned] = field(default_factory=dict)
 
+    def key(self, measuring: bool) -> str:
+        """What the key of an artifact says of how kernels were chosen."""
+        return f"{self.name} {self.digest[:16]}" if self.name else "measured" if measuring else "no table"
+
     def find(self, call: Call, steps: Steps, found: Sequence[Candidate]) -> tuple[Candidate, Tuned] | None:
         """The candidate to take, when these candidates were measured before."""
         entry = self.entries.get(fingerprint(call, steps, found)) if self.entries else None

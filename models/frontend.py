@@ -115,7 +115,7 @@ def trace(
         graph = _trace(run, model, context, patches, buffers)
     graph = unbatch(canonicalize(graph))
     graph = encoders.pool_sequences(graph) if graph.entry_point == "embed" else gather_logits_rows(graph)
-    _drop_unused(graph)
+    drop_unused(graph)
     graph.verify()
     return graph
 
@@ -172,7 +172,7 @@ def _real_buffers(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor
 
 
 def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patches: list[Patch], buffers: dict[str, torch.Tensor]) -> Graph:
-    sizes = _Sizes()
+    sizes = Sizes()
     inputs = context.inputs()
     values = {name: sizes.empty(spec.shape, spec.dtype) for name, spec in inputs.items()}
     values |= {name: sizes.empty((f"N_{spec.group}", *spec.shape), spec.dtype) for name, spec in context.states.items()}
@@ -205,7 +205,7 @@ def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patc
         symbols=sizes.names,
         entry_point=context.entry_point,
     )
-    _lift_attributes(graph, module)
+    lift_attributes(graph, module)
     return graph
 
 
@@ -220,7 +220,7 @@ class _Step(torch.nn.Module):
         return self.run(self.model, input_ids.unsqueeze(0), positions.unsqueeze(0))
 
 
-class _Sizes:
+class Sizes:
     """Fake tensors over named symbolic sizes."""
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ def _weights(model: transformers.PreTrainedModel, buffers: dict[str, torch.Tenso
     return dict(sorted(weights.items(), key=lambda item: order[item[0]])), dict(buffers)
 
 
-def _lift_attributes(graph: Graph, module: fx.GraphModule) -> None:
+def lift_attributes(graph: Graph, module: fx.GraphModule) -> None:
     """Tensors that the code made from literals become constants."""
     for node in list(graph.fx.nodes):
         if node.op != "get_attr":
@@ -298,7 +298,7 @@ def _lift_attributes(graph: Graph, module: fx.GraphModule) -> None:
         graph.fx.erase_node(node)
 
 
-def _drop_unused(graph: Graph) -> None:
+def drop_unused(graph: Graph) -> None:
     """Remove what nobody reads: dead calls, step inputs apart, and weights such as a second copy of the frequencies."""
     graph.fx.eliminate_dead_code()
     for name, node in graph.placeholders.items():

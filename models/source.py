@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BUNDLED = Path(__file__).parent / "bundled"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def _download(repo: str, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [*_CONFIG_FILES, *_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if trust_remote_code else ())]
+    wanted = [*_CONFIG_FILES, *TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if trust_remote_code else ())]
     by_hand = f"download it where there is a network, with `hf download {repo}`, and name the folder"
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="[!1]*/*"))  # of folders, 1_Pooling alone
@@ -94,7 +94,7 @@ def _from_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelSourc
         folder=folder,
         config=config,
         generation_config=generation,
-        tokenizer_files=tuple(folder / f for f in _TOKENIZER_FILES if (folder / f).is_file()),
+        tokenizer_files=tuple(folder / f for f in TOKENIZER_FILES if (folder / f).is_file()),
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )
 

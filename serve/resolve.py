@@ -104,7 +104,10 @@ def _fingerprint(name: str, flags: CompileFlags) -> str:
 
 def _checkpoint(name: str) -> Iterator[str]:
     folder = _package("models") / "bundled" if name == "bundled" else Path(name)
-    if folder.is_dir():
+    if name.endswith(".onnx"):  # its tokenizer and settings lie beside it or in the folder above
+        here = folder.resolve().parent
+        yield from _stats(f for place in (here, here.parent) for f in place.iterdir() if f.is_file())
+    elif folder.is_dir():
         yield str(folder.resolve())
         yield from _stats(f for f in (*folder.iterdir(), *folder.glob("1_Pooling/*")) if f.is_file())
     else:
