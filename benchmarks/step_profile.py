@@ -4,7 +4,8 @@
 
 Per batch size, over steps in which every sequence decodes a sampled token, through the public engine:
   step_us   from step to step
-  host_us   the thread of the engine, without its waits for the device
+  host_us   the thread of the engine, without its waits
+  enqueue_us  the thread that enqueues steps, most of it in the driver
   idle_us   the device, from the end of a step to the beginning of the next one (CUDA events; median, and the 90th percentile)
   gaps_us   the device, from a step's last copy to the first kernel of the next plan: all that is idle between copies and kernels (profiler, median)
 The plot shows a few steps: what the device computes and copies (torch's profiler, which slows the host down a little), and where it is idle.
@@ -27,29 +28,40 @@ from ingot.compiler.build import CompileOptions, compile_model
 from ingot.runtime import LLM, SamplingParams
 from ingot.runtime.batch import Sampled, StepBatch
 from ingot.runtime.engine import Engine
+from ingot.runtime.executor import Enqueued, Executor
 from ingot.runtime.request import Request
 
 PROMPT, WARM, STEPS, SHOWN = 128, 16, 100, 4
 
 
 class Watched:
-    """An executor, with CUDA events around its steps and a clock at its waits."""
+    """An executor, with CUDA events around its steps, a clock at what it enqueues, and one at the waits for it."""
 
-    def __init__(self, executor: Any) -> None:
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
+        self._enqueue = executor._enqueue
+        executor._enqueue = self.enqueue  # type: ignore[method-assign]
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.waited = 0.0
+        self.waited = self.enqueued = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)
 
     def launch(self, batch: StepBatch) -> WatchedStep:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        return WatchedStep(self, self._executor.launch(batch))
+
+    def enqueue(self, batch: StepBatch) -> Enqueued:
+        begin, end, clock = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), time.perf_counter()
         begin.record()
-        step = self._executor.launch(batch)
+        enqueued = self._enqueue(batch)
         end.record()
         self.events.append((begin, end))
-        return WatchedStep(self, step)
+        self.enqueued += time.perf_counter() - clock
+        return enqueued
+
+    def restore(self) -> Executor:
+        self._executor._enqueue = self._enqueue  # type: ignore[method-assign]
+        return self._executor
 
 
 class WatchedStep:
@@ -58,9 +70,9 @@ class WatchedStep:
 
     def result(self) -> Sampled:
         begin = time.perf_counter()
-        self._step.done.synchronize()
+        sampled = self._step.result()
         self._watched.waited += time.perf_counter() - begin
-        return self._step.result()
+        return sampled
 
 
 def decoding(engine: Engine, batch: int, tokens: int, temperature: float) -> None:
@@ -82,13 +94,14 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
     for _ in range(WARM):
         engine.step()
     watched.events.clear()
-    watched.waited, begin = 0.0, time.perf_counter()
+    watched.waited = watched.enqueued = 0.0
+    begin = time.perf_counter()
     for _ in range(STEPS):
         engine.step()
     seconds = time.perf_counter() - begin
     torch.cuda.synchronize()
     idle = sorted(max(0.0, a[1].elapsed_time(b[0]) * 1e3) for a, b in zip(watched.events, watched.events[1:], strict=False))
-    engine.executor = watched._executor
+    engine.executor = watched.restore()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(8):
             engine.step()
@@ -105,6 +118,7 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
         "batch": batch,
         "step_us": round(seconds / STEPS * 1e6, 1),
         "host_us": round((seconds - watched.waited) / STEPS * 1e6, 1),
+        "enqueue_us": round(watched.enqueued / STEPS * 1e6, 1),
         "idle_us": round(statistics.median(idle), 1),
         "idle_us_p90": round(idle[len(idle) * 9 // 10], 1),
         "gaps_us": round(statistics.median(gaps), 1),

@@ -24,10 +24,11 @@ class Staging:
     def __init__(self, layout: StepLayout, largest: StepSize, device: torch.device) -> None:
         self._layout = layout
         length, cuda = layout.length(largest), device.type == "cuda"
-        self._host = [torch.zeros(length, dtype=torch.int32, pin_memory=cuda) for _ in range(_BUFFERS if cuda else 1)]
+        self._host = [torch.zeros(length, dtype=torch.int32, pin_memory=cuda) for _ in range(_BUFFERS)]
         self._copied = [torch.cuda.Event() for _ in self._host] if cuda else []
         self._slot = 0
         self._batches: OrderedDict[tuple[int, StepSize], StepBatch] = OrderedDict()
+        self._slots: dict[StepBatch, int] = {}
         self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
         self.buffer = self._memory[layout.num_samples :]
         self.input_ids = torch.zeros(largest.num_tokens, dtype=torch.int32, device=device)
@@ -44,15 +45,18 @@ class Staging:
             self._batches[key].reset(size)
         else:
             self._batches[key] = StepBatch(self._layout, size, padded, self._host[self._slot].numpy())
+            self._slots[self._batches[key]] = self._slot
             if len(self._batches) > _KEPT:
-                self._batches.popitem(last=False)
+                _, old = self._batches.popitem(last=False)
+                del self._slots[old]
         return self._batches[key]
 
     def upload(self, batch: StepBatch) -> None:
-        """Enqueue the copy of the batch that `batch` returned last, and make input ids and page tables of it."""
-        self.buffer[: batch.buffer.size].copy_(self._host[self._slot][: batch.buffer.size], non_blocking=True)
+        """Enqueue the copy of a batch, and make input ids and page tables of it."""
+        slot = self._slots[batch]
+        self.buffer[: batch.buffer.size].copy_(self._host[slot][: batch.buffer.size], non_blocking=True)
         if self._copied:
-            self._copied[self._slot].record()
+            self._copied[slot].record()
         torch.index_select(self._memory, 0, self._view(batch, "token_sources"), out=self.input_ids[: batch.padded.num_tokens])
         for name, table in self._page_tables.items():
             num_seqs, columns = batch.fields[name].shape

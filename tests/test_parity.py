@@ -8,9 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.models.source import BUNDLED
+from ingot.runtime.engine import Engine
+from ingot.runtime.executor import Executor
 from ingot.runtime.llm import LLM
+from ingot.runtime.memory import plan_memory
 from ingot.runtime.request import SamplingParams
 
 NUM_PROMPTS, NEW_TOKENS = 50, 16
@@ -78,6 +82,15 @@ def test_one_batch_of_fifty(artifact: Path, prompts: list[list[int]], expected: 
         assert [list(o.outputs[0].token_ids) for o in outputs] == expected
     hits = llm.engine.stats().prefix_hit_tokens
     assert (hits > 0) == caching
+
+
+def test_with_steps_in_flight(artifact: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """As on a GPU: steps run in a thread while the next ones are scheduled, and input ids come from the samples before."""
+    opened = Artifact.open(artifact)
+    plans = {name: opened.plan(name) for name in opened.manifest.variants}
+    memory = plan_memory(opened, max(v.arena_bytes for v in plans.values()), max_model_len=512, utilization=0.9, num_pages=1024)
+    engine = Engine(Executor(opened, plans, memory, asynchronous=True), None, opened.manifest.model)
+    assert [o.outputs[0].token_ids for o in LLM.over(engine).generate(prompts, GREEDY)] == expected
 
 
 def test_alone(artifact: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
