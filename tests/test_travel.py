@@ -211,3 +211,29 @@ LEVELS = ["x86-64-v4", "cpu:avx2+fma+avx512f+avx512bw+avx512vl+avx512_vnni+avx51
 def test_every_target_is_compiled_for_without_the_machine(target: str, model: Path, home: Path) -> None:
     built = compile_model(str(model), CompileOptions(target=target, **HALF))
     check_target(Artifact.open(built.path), "triton" if target in GPU_ARCHES else "tvm")
+
+
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "an encoder": ("bert", {}),
+    "quantized weights": ("llama", {"quantize": "int8"}),
+    "a quantized cache": ("llama", {"kv_cache_dtype": "int8"}),
+    "latent attention and experts": ("deepseek_v3", {}),
+    "recurrent states": ("mamba2", {}),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_artifact_can_be_gated_later(kind: str, home: Path, tmp_path: Path) -> None:
+    """Calls of every op come back from JSON, and agree with their references as they would have at compilation."""
+    model_type, options = KINDS[kind]
+    tiny.config(model_type).save_pretrained(tmp_path / "tiny")
+    built = compile_model(str(tmp_path / "tiny"), CompileOptions(target="x86-64-v3", defer_gate=True, **SMALL | {"max_num_batched_tokens": 17} | options))
+    artifact = Artifact.open(built.path)
+    record = run(artifact)
+    assert record.failed == {}
+    assert record.errors.keys() == {k.name for k in artifact.manifest.kernels}
+    on_gpu = compile_model(str(tmp_path / "tiny"), CompileOptions(target="sm_90", **HALF | options))
+    for check in read_checks(Artifact.open(on_gpu.path)):
+        call, candidate = check.restore()
+        assert describe(call, check.steps, candidate, [x.kernel for x in check.launches], check.reference, check.returns) == check

@@ -14,8 +14,6 @@ from ingot.artifacts.store import Store
 from ingot.ops.errors import IngotError
 from ingot.ops.target import here
 
-from ..progress import StageBar
-
 app = typer.Typer(help="The store: list, verify, clean, export and import artifacts.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's folder or key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -73,6 +71,8 @@ def _gate(artifact: Artifact, must: bool) -> str:
     """Run the gate and say what it found; unless it `must`, an artifact for another machine is left alone."""
     from ingot.artifacts.gate import run
     from ingot.artifacts.gate_record import refuse_failed
+
+    from ..progress import StageBar
 
     target = artifact.manifest.target
     if not must and not target.runs_on(here(target.kind)):
