@@ -140,13 +140,13 @@ def _sample(model_logits: torch.Tensor, rows: SamplingRows, processed: torch.Ten
         none = torch.where(model_logits.amax(-1).isfinite(), NONE_LEFT, NOT_FINITE)
     if rows.num_logprobs < 0:
         return Sampled(torch.where(finite, tokens, none).int())
-    total = model_logits.logsumexp(-1, keepdim=True)
-    logprobs = (model_logits.gather(1, tokens[:, None]) - total)[:, 0]
+    distribution = model_logits.log_softmax(-1)  # a row is reduced in the same order however many there are
+    logprobs = distribution.gather(1, tokens[:, None])[:, 0]
     tokens = torch.where(finite, tokens, none).int()
     if rows.num_logprobs == 0:
         return Sampled(tokens, logprobs)
     top = _largest(model_logits, min(rows.num_logprobs, model_logits.shape[1]))
-    return Sampled(tokens, logprobs, top.int(), model_logits.gather(1, top) - total)
+    return Sampled(tokens, logprobs, top.int(), distribution.gather(1, top))
 
 
 def _choose(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
