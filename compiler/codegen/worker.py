@@ -55,8 +55,9 @@ class Worker:
         raise WorkerDied(f"killed by signal {-code}" if code < 0 else f"exit status {code}", message)
 
     def close(self) -> None:
-        """Let it end."""
+        """End it, wherever it is: what it writes appears whole or not at all."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.terminate()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
