@@ -182,7 +182,7 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
         arrays[f"slot_mapping_{group}"][:T] = table[row_of, positions // size] * size + positions % size
         place[:S] = table[rows, : place.shape[1]]
     if cache.copies:
-        batch.copies, cache.copies = np.array(cache.copies, np.int32), []
+        batch.copies = np.array(cache.copies, np.int32)
     _pack_tokens(step, batch, ends)
     _pack_rows(step, cache, batch, ends)
 

@@ -154,7 +154,8 @@ class Executor:
         for number in np.unique(copies[:, 0]).tolist() if len(copies) else ():
             source, target = (torch.from_numpy(c).to(self.device) for c in copies[copies[:, 0] == number, 1:].astype(np.int64).T.copy())
             for state in self._states[number]:
-                state.index_copy_(0, target, state[source])
+                content = state.view(torch.uint8)  # whatever its type is
+                content.index_copy_(0, target, content[source])
 
     def _variant(self, size: StepSize) -> Variant:
         decode = size.num_tokens == size.num_seqs

@@ -272,6 +272,7 @@ class KVCache:
 
         The pages that became full of known tokens can be found from now on, and those that no later token attends to are let go.
         """
+        self.copies.clear()  # they are made before the step
         computed = self.rows.num_computed[rows]
         if not self.prefix_caching_off:
             named, known = self.rows.num_named[rows], np.minimum(computed, known)

@@ -39,6 +39,7 @@ class LogitsProcessor:
     def __init__(self, num_lines: int, vocab_size: int, device: torch.device) -> None:
         self._shape, self._device = (num_lines, vocab_size), device
         self._counts: torch.Tensor | None = None
+        self._processed = torch.empty(0, vocab_size, device=device)
 
     @property
     def counts(self) -> torch.Tensor:
@@ -47,8 +48,10 @@ class LogitsProcessor:
         return self._counts
 
     def process(self, logits: torch.Tensor, edits: DeviceEdits, newest: torch.Tensor) -> torch.Tensor:
-        """What to sample from instead of `logits` [R, V]: float32, not the same memory. `newest` [R]: the token before each row's next."""
-        logits = logits.to(torch.float32, copy=True)
+        """What to sample from instead of `logits` [R, V]: float32, overwritten by the next call. `newest` [R]: the token before each row's next."""
+        if len(self._processed) < len(logits):  # plans are bound to where it lies, so it moves seldom
+            self._processed = torch.empty(1 << (len(logits) - 1).bit_length(), logits.shape[1], device=self._device)
+        logits = self._processed[: len(logits)].copy_(logits)
         vocab_size = logits.shape[1]
         if "edit_rows" in edits:
             rows, condition = edits["edit_rows"], edits["edit_conditions"]
