@@ -85,6 +85,7 @@ class Options(msgspec.Struct, frozen=True):
     deterministic: bool
     dummy_weights: bool
     quantize_exclude: tuple[str, ...] = ()
+    calibrate: str = ""  # a hash of the tokens that weights were rounded with
 
 
 class Manifest(msgspec.Struct, frozen=True):

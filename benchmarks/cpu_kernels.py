@@ -22,7 +22,7 @@ from ingot.artifacts.launch_tvm import SharedObject, load
 from ingot.artifacts.plan import Kernel
 from ingot.artifacts.settings import settings
 from ingot.compiler.codegen.tvm import compile_sources
-from ingot.compiler.quantization import choose_online
+from ingot.compiler.quantization import Request, choose_online
 from ingot.compiler.random_inputs import random_inputs
 from ingot.ops import formats, tvm
 from ingot.ops.dims import evaluate
@@ -56,7 +56,7 @@ def call(op: str, n: int, k: int, dtype: torch.dtype) -> Call:
 
 def quantized(plain: Call, method: str, is_head: bool) -> Call:
     """The same product with its weight in the format that `--quantize` gives it."""
-    chosen = choose_online(method, host(), ())("lm_head.weight" if is_head else "weight", is_head)
+    chosen = choose_online(Request(method), host())("lm_head.weight" if is_head else "weight", is_head)
     assert chosen is not None
     form, (n, k), act = formats.get(chosen[0]), plain.args["weight"].shape, plain.args.get("act")
     weight = torch.empty(n, k, dtype=plain.args["x"].dtype, device="meta")

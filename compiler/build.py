@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -31,14 +32,15 @@ from ingot.ops.errors import IngotError
 from ingot.ops.target import Target, here, resolve
 
 from . import embedding
+from .calibration import calibrate, windows
 from .call import dtype_name
 from .codegen import triton
 from .codegen.emit import Emitter
-from .inputs import Inputs, inputs_of
+from .inputs import Inputs, inputs_of, sha256
 from .outline import Outline
 from .pipeline import count, lower
 from .plan import plan
-from .quantization import choose_as, choose_online, num_elements, quantize_weights, with_activations
+from .quantization import Request, choose_as, choose_online, dequantized, layers, num_elements, quantize_weights, with_activations
 from .sampling import sampling_programs
 from .select import Selection, select
 from .tuning import Table, table_for
@@ -61,6 +63,7 @@ class CompileOptions:
     dtype: str = "auto"
     quantize: str = "none"
     quantize_exclude: str = ""
+    calibrate: str = ""
     kv_cache_dtype: str = "auto"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -127,6 +130,8 @@ class Job:
     defer_gate: bool
     table: Table
     measure: bool
+    request: Request
+    texts: list[list[int]] | None  # token ids that weights are rounded with
 
     @classmethod
     def prepare(cls, model: str, options: CompileOptions) -> Job:
@@ -135,13 +140,9 @@ class Job:
         if options.defer_gate and target.kind == "cuda":
             target = msgspec.structs.replace(target, device="")  # as from a machine without it: nothing is measured
         config = found.config
-        exclude = tuple(e for e in options.quantize_exclude.split(",") if e)
-        if (method := method_of(config)) is not None and options.quantize != "none":
-            raise CompileError(f"--quantize {options.quantize}: {found.name} is quantized already ({method.name}); leave the flag out")
-        if options.quantize != "none":
-            choose_online(options.quantize, target, exclude)  # an unknown name is found here
-        elif exclude:
-            raise CompileError("--quantize-exclude names weights that --quantize leaves alone; give --quantize too")
+        method = method_of(config)
+        request = Request.of(options.quantize, options.quantize_exclude, options.calibrate, method, options.dummy_weights)
+        texts = None if request.text is None else windows(request.text, found.folder / "tokenizer.json", _max_model_len(config))
         if options.tune and options.defer_gate:
             raise CompileError("--tune measures kernels and --defer-gate runs none; give one of the two")
         if options.kv_cache_dtype not in ("auto", *KV_DTYPES):
@@ -169,7 +170,8 @@ class Job:
         resolved = Options(
             dtype=dtype_name(dtype),
             quantize=options.quantize,
-            quantize_exclude=exclude,
+            quantize_exclude=request.exclude,
+            calibrate="" if texts is None else sha256(json.dumps(texts)),
             kv_cache_dtype=kv_dtype,
             max_num_seqs=options.max_num_seqs or (256 if on_gpu else 64),
             max_num_batched_tokens=options.max_num_batched_tokens or most_tokens,
@@ -182,7 +184,7 @@ class Job:
         table = Table() if options.tune else table_for(target)
         checkpoint = None if options.dummy_weights else Checkpoint.open(found.folder)
         inputs = inputs_of(found, checkpoint, target, resolved, table.key(options.tune))
-        return cls(found, target, resolved, dtype, entry, longest, checkpoint, inputs, options.defer_gate, table, options.tune)
+        return cls(found, target, resolved, dtype, entry, longest, checkpoint, inputs, options.defer_gate, table, options.tune, request, texts)
 
     def build(self, writer: ArtifactWriter, store: Store, progress: Progress, start: float) -> None:
         seconds: dict[str, float] = {}
@@ -192,7 +194,8 @@ class Job:
 
         dump = settings().dump
         done("prepare")
-        graph, counts = self.lowered(progress, done)
+        scratch = Path(tempfile.mkdtemp(prefix="calibrated-", dir=writer.folder))  # what a kill leaves there, gc removes
+        graph, counts = self.lowered(progress, done, scratch)
         specs = self.specs()
         with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder:  # what a kill leaves there, gc removes
             emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
@@ -225,6 +228,7 @@ class Job:
         if known is not None:
             writer.reuse_weights(known)
         speed = 0.0 if known is not None else pack(graph, self.checkpoint, writer, lambda f: progress("pack weights", f))
+        shutil.rmtree(scratch)
         done("weights")
         for file in self.source.tokenizer_files:
             writer.add_file(f"tokenizer/{file.name}", file.read_bytes())
@@ -233,6 +237,8 @@ class Job:
         report = {
             "nodes": list(counts.items()),  # pairs: a dictionary of the manifest is sorted, and the order of passes says something
             "calls": count(graph),
+            "layers": layers(graph),
+            "dequantized": dequantized(graph),
             "kernels": {b: sum(k.backend == b for k in kernels) for b in ("triton", "tvm")},
             "entries": {v.name: {b: sum(e.backend == b for e in v.entries) for b in ("triton", "tvm", "torch")} for v in plans},
             "kernels_compiled": emitted.compiled,
@@ -255,21 +261,30 @@ class Job:
             embedding=self._embedding(graph),
         )
 
-    def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
-        """The model's graph after all passes, and the number of calls after each. `done` is told when a stage ends."""
+    def lowered(self, progress: Progress, done: Callable[[str], None], scratch: Path | None = None) -> tuple[Graph, dict[str, int]]:
+        """The model's graph after all passes, and the number of calls after each. `done` is told when a stage ends.
+
+        Weights are calibrated when there is a folder for what is found; the graph's calls are the same without.
+        """
         if self.target.kind == "cuda":
             triton.warm_up()
         progress("trace", 0.0)
         method, kv_cache = method_of(self.source.config), self.options.kv_cache_dtype
         traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),
                        kv_calibrated=method is not None and method.kv_cache == kv_cache)  # fmt: skip
-        if self.options.quantize != "none":
-            traced = quantize_weights(traced, choose_online(self.options.quantize, self.target, self.options.quantize_exclude))
-        elif self.checkpoint is None and (method := method_of(self.source.config)) is not None:
+        if self.request.method != "none":
+            traced = quantize_weights(traced, choose_online(self.request, self.target))
+        elif self.checkpoint is None and method is not None:
             traced = quantize_weights(traced, choose_as(method))
         traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
         traced.weights = {n: replace(w, recipe=with_activations(w.recipe, self.target)) for n, w in traced.weights.items()}
         done("trace")
+        if self.texts is not None and scratch is not None and self.checkpoint is not None:
+            device = device_for(self.target) or torch.device("cpu")
+            traced, self.checkpoint = calibrate(
+                traced, self.checkpoint, self.request.algorithm, self.texts, scratch, self.options.calibrate[:16], device, lambda f: progress("calibrate", f)
+            )
+            done("calibrate")
         progress("lower", 0.0)
         lowered = lower(traced, self.target, settings().dump)
         done("lower")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import fx
 from ingot.models.quantization import Method
 from ingot.ops import Graph, Recipe, Weight, formats
 from ingot.ops.errors import IngotError
+from ingot.ops.graph import op_of
 from ingot.ops.target import Target
 
 
@@ -26,6 +28,8 @@ class QuantizationError(IngotError):
 
 
 _PRODUCTS = (torch.ops.ingot.linear.default, torch.ops.ingot.linear_add.default, torch.ops.ingot.linear_glu.default)
+ALGORITHMS = ("gptq", "awq")
+"""What `--calibrate` may round with: the names of `calibration.ALGORITHMS`, which costs an import."""
 ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight$")
 """Weights that choose experts: a rounding there changes which expert a token gets, and they are small."""
 
@@ -86,18 +90,48 @@ def signature(graph: Graph, weight: fx.Node) -> tuple[Any, ...] | None:
     return None if found is None else found.signature
 
 
-def choose_online(method: str, target: Target, exclude: Sequence[str]) -> Choose:
-    """What `--quantize METHOD` does to each weight: `exclude` are regular expressions of names that stay. FormatError: METHOD is unknown."""
-    for pattern in exclude:
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            raise QuantizationError(f"--quantize-exclude {pattern} is not a regular expression: {e}") from None
-    everywhere = formats.online(method, target)
+@dataclass(frozen=True)
+class Request:
+    """What `--quantize`, `--quantize-exclude` and `--calibrate` say together. `method` is "none", or a name of `formats.ONLINE`."""
+
+    method: str = "none"
+    exclude: tuple[str, ...] = ()
+    algorithm: str = ""
+    text: Path | None = None
+
+    @classmethod
+    def of(cls, quantize: str, exclude: str, calibrate: str, in_checkpoint: Method | None, dummy: bool) -> Request:
+        """QuantizationError, or FormatError, when they contradict one another or the checkpoint."""
+        patterns = tuple(e for e in exclude.split(",") if e)
+        method, algorithm = next(((quantize.removesuffix(f"-{a}"), a) for a in ALGORITHMS if quantize.endswith(f"-{a}")), (quantize, ""))
+        if method != "none" and (method not in formats.ONLINE or (algorithm and not method.startswith("int4"))):
+            calibrated = ", ".join(f"int4-g128-{a}" for a in ALGORITHMS)
+            raise QuantizationError(f"--quantize {quantize} is unknown: use none, {', '.join(formats.ONLINE)}, or with --calibrate {calibrated} (or g32, g64)")
+        if method != "none" and in_checkpoint is not None:
+            raise QuantizationError(f"--quantize {quantize}: the checkpoint is quantized already ({in_checkpoint.name}); leave the flag out")
+        if method == "none" and patterns:
+            raise QuantizationError("--quantize-exclude names weights that --quantize leaves alone; give --quantize too")
+        if algorithm and not calibrate:
+            raise QuantizationError(f"--quantize {quantize} needs --calibrate FILE: a text like what the model will read")
+        if calibrate and not algorithm:
+            raise QuantizationError(f"--calibrate goes with --quantize int4-g128-gptq or int4-g128-awq, not with {quantize}, which rounds to nearest")
+        if calibrate and dummy:
+            raise QuantizationError("--calibrate has nothing to learn from --dummy-weights; leave one of the two out")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise QuantizationError(f"--quantize-exclude {pattern} is not a regular expression: {e}") from None
+        return cls(method, patterns, algorithm, Path(calibrate) if calibrate else None)
+
+
+def choose_online(request: Request, target: Target) -> Choose:
+    """What a request does to each weight."""
+    everywhere = formats.online(request.method, target)
     head = formats.LM_HEAD.get(target.kind)
 
     def choose(name: str, is_head: bool) -> tuple[str, str] | None:
-        if ROUTERS.search(name) or any(re.search(e, name) or (is_head and re.search(e, "lm_head.weight")) for e in exclude):
+        if ROUTERS.search(name) or any(re.search(e, name) or (is_head and re.search(e, "lm_head.weight")) for e in request.exclude):
             return None
         if is_head:
             return None if head is None else (head, formats.get(head).activation(target))
@@ -149,6 +183,35 @@ def quantized_recipe(weight: Weight, form: str, activation: str) -> Recipe:
         block = weight.recipe.sources[0].removesuffix(".weight").rpartition(".")[0]  # those that read the same rows have the same scale
         parts.append(Recipe("tensor", (f"{block}.input_scale",)))
     return Recipe("dequantize", (form, activation, str(scales).removeprefix("torch."), n, k), tuple(parts))
+
+
+def layers(graph: Graph) -> list[dict[str, Any]]:
+    """Every product with a weight: its node, weight, format (or dtype), how rows are rounded, and bytes."""
+    found = []
+    for node in graph.fx.nodes:
+        spec = op_of(node)
+        weights = [n for n in node.all_input_nodes if n.name in graph.weights] if spec is not None and "linear" in spec.name else []
+        if not weights:
+            continue
+        given = dict(zip(spec.arguments, node.args, strict=False))
+        weight = given["weight"]
+        found.append({
+            "node": node.name,
+            "weight": re.sub(rf"_{given['layout']}(_halves)?_weight$", "", weight.name) if "layout" in given else weight.name,
+            "format": given.get("format") or str(weight.meta["val"].dtype).removeprefix("torch."),
+            "activation": given.get("activation", "none"),
+            "bytes": sum(graph.weights[w.name].dtype.itemsize * math.prod(graph.weights[w.name].shape) for w in weights),
+        })  # fmt: skip
+    return found
+
+
+def dequantized(graph: Graph) -> list[str]:
+    """Weights that a checkpoint has quantized and no kernel reads so: they are floats in the artifact."""
+
+    def dequantizes(recipe: Recipe) -> bool:
+        return recipe.op == "dequantize" or any(map(dequantizes, recipe.inputs))
+
+    return [n for n, w in graph.weights.items() if dequantizes(w.recipe)]
 
 
 def num_elements(weight: Weight) -> int:

@@ -88,6 +88,11 @@ class Checkpoint:
         """Meta tensors by name: dtype and shape without data."""
         return _Tensors(self, meta=True)
 
+    def with_files(self, folder: Path, prefix: str) -> Checkpoint:
+        """This checkpoint and the tensors of a folder's safetensors, these by their names behind `prefix`."""
+        more = {f"{prefix}{n}": info for file in sorted(folder.glob("*.safetensors")) for n, info in _read_header(file)[1].items()}
+        return Checkpoint(self.folder, self._headers, self.infos | more)
+
     def fingerprint(self) -> str:
         """SHA-256 over headers (names, dtypes, shapes) and up to 64 KiB of every tensor, 16 pieces evenly spread.
 

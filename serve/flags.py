@@ -23,8 +23,9 @@ class CompileFlags:
 
     target: Annotated[str | None, _option("--target", help="auto, cpu, or what need not be here: sm_90, x86-64-v3, cpu:avx2+fma, …")] = None
     dtype: Annotated[str | None, _option("--dtype", help="auto, bfloat16, float16 or float32.")] = None
-    quantize: Annotated[str | None, _option("--quantize", help="none, fp8, int8, int4-g32, int4-g64 or int4-g128: the weights are rounded.")] = None
+    quantize: Annotated[str | None, _option("--quantize", help="none, fp8, int8, int4-g32, -g64 or -g128; with --calibrate int4-g128-gptq or -awq.")] = None
     quantize_exclude: Annotated[str | None, _option("--quantize-exclude", help="Weights that stay: regular expressions, with commas between.")] = None
+    calibrate: Annotated[str | None, _option("--calibrate", help="A text file, like what the model will read, to round weights with.")] = None
     kv_cache_dtype: Annotated[str | None, _option("--kv-cache-dtype", help="auto (as the checkpoint says), a dtype, or fp8 or int8: quantized.")] = None
     max_num_seqs: Annotated[int | None, _option("--max-num-seqs", min=1, help="Most sequences in one step.")] = None
     max_num_batched_tokens: Annotated[int | None, _option("--max-num-batched-tokens", min=1, help="Most tokens in one step.")] = None

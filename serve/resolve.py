@@ -99,6 +99,7 @@ def _compile(name: str, flags: CompileFlags) -> Path:
 def _fingerprint(name: str, flags: CompileFlags) -> str:
     """Hash of the checkpoint's files, the flags, the machine and the compiler; files by name, size and time of change."""
     facts = [name, *flags.argv, str(target.resolve(flags.target or "auto")), *_checkpoint(name), *_compiler()]
+    facts += _stats(Path(f) for f in (flags.calibrate,) if f and Path(f).is_file())
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 

@@ -21,6 +21,7 @@ from ingot.ops.target import resolve
 from ..build import CompileError, CompileOptions, Job, Progress
 from ..inputs import inputs_of
 from ..pipeline import lower
+from ..quantization import Request
 from ..tuning import Table, table_for
 
 
@@ -32,7 +33,7 @@ class OnnxJob(Job):
 
     @classmethod
     def prepare(cls, model: str, options: CompileOptions) -> OnnxJob:
-        unknown = {"quantize": "none", "kv_cache_dtype": "auto", "dummy_weights": False, "deterministic": False}
+        unknown = {"quantize": "none", "kv_cache_dtype": "auto", "dummy_weights": False, "deterministic": False, "quantize_exclude": "", "calibrate": ""}
         for name, nothing in unknown.items():
             if getattr(options, name) != nothing:
                 raise CompileError(
@@ -53,9 +54,9 @@ class OnnxJob(Job):
         inputs = inputs_of(found, encoder.file, target, resolved, table.key(options.tune))  # type: ignore[arg-type]
         inputs = replace(inputs, short=inputs.short | {"embedding": str(sentence_transformers.read(found.folder))})
         return cls(found, target, resolved, torch.float32, "embed", min(longest, tokens), encoder.file, inputs, options.defer_gate, table,  # type: ignore[arg-type]
-                   options.tune, encoder)  # fmt: skip
+                   options.tune, Request(), None, encoder)  # fmt: skip
 
-    def lowered(self, progress: Progress, done: Callable[[str], None]) -> tuple[Graph, dict[str, int]]:
+    def lowered(self, progress: Progress, done: Callable[[str], None], scratch: Path | None = None) -> tuple[Graph, dict[str, int]]:
         progress("trace", 0.0)
         traced = self.encoder.trace()
         done("trace")

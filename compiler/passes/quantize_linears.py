@@ -42,7 +42,7 @@ def _quantized(graph: Graph, node: fx.Node, found: Quantized, act: str | None, p
     parts: dict[str, fx.Node | None] = {"weight": None, "scale": None, "zero": None}
     for part, like in formats.packed(plain, found.format, layout, pieces).items():
         recipe = Recipe("pack", (found.format, layout, part, found.n, found.k, pieces), found.parts)
-        parts[part] = _weight(graph, f"{name}_{layout}{pieces if pieces > 1 else ''}_{part}", Weight(recipe, like.dtype, tuple(like.shape)))
+        parts[part] = _weight(graph, f"{name}_{layout}{'_halves' if pieces > 1 else ''}_{part}", Weight(recipe, like.dtype, tuple(like.shape)))
     x, input_scale = node.args[0], None
     if found.order is not None:
         x = graph.call(aten.index_select.default, x, -1, _weight(graph, f"{name}_order", Weight(found.order, torch.int64, (found.k,))))

@@ -21,6 +21,7 @@ from ingot.artifacts.store import Store
 def inspect_command(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help="An artifact's folder or key; two with --why.")],
     why: Annotated[bool, typer.Option("--why", help="Say what differs between two artifacts, input by input of their keys.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show each product with weights: format, kernel, bytes, error of the numeric gate.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show an artifact: model, target, options, KV cache, variants, kernels and why they were chosen, sizes."""
@@ -34,6 +35,8 @@ def inspect_command(
     description = describe(store.open(artifacts[0]))
     if as_json:
         print(json.dumps(description))
+    elif layers:
+        _print_layers(description)
     else:
         _print(description)
 
@@ -64,6 +67,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_token": sum(g.bytes_per_unit // g.page_size for g in manifest.groups if g.page_size),
         "slot_bytes_per_sequence": sum(g.bytes_per_unit for g in manifest.groups if not g.page_size),
         "variants": variants,
+        "layers": _layers(manifest.report, variants[0]["entries"] if variants else []),
         "kernels": [{**k, "gate": gate[k["name"]], "file_bytes": artifact.path(k["file"]).stat().st_size} for k in described["kernels"]],
         "weights": {
             "tensors": len(manifest.weights),
@@ -73,6 +77,31 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "size_bytes": sum(f.stat().st_size for f in Path(artifact.root).rglob("*") if f.is_file()),
         "report": manifest.report,
     }
+
+
+def _layers(report: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each product with a weight, and what computes it in the smallest steps: one kernel or several, the last of which multiplies."""
+    by_node: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        by_node.setdefault(entry["node"], []).append(entry)
+    found = []
+    for layer in report.get("layers", []):
+        last = by_node[layer["node"]][-1]
+        found.append({**layer, "backend": last["backend"], "kernel": last["kernel"] or "reference", "gate": last.get("gate", "")})
+    return found
+
+
+def _print_layers(d: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 220)
+    table = Table("weight", "format", "rows of x", "bytes", "kernel", "gate", title=f"{d['model']['name']}, {d['variants'][0]['name']}", title_justify="left")
+    for layer in d["layers"]:
+        table.add_row(layer["weight"], layer["format"], layer["activation"], f"{layer['bytes']:,}", layer["kernel"], layer["gate"])
+    console.print(table)
+    for name in d["report"].get("dequantized", []):
+        console.print(f"{name}: quantized in the checkpoint, and dequantized here: no kernel reads it otherwise")
 
 
 def _captured(buckets: list[int]) -> str:

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ingot.compiler.pipeline import lower
-from ingot.compiler.quantization import QuantizationError, choose_as, choose_online, quantize_weights, with_activations
+from ingot.compiler.quantization import Request, choose_as, choose_online, quantize_weights, with_activations
 from ingot.compiler.weights import bind, final_recipe
 from ingot.models import oracle
 from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import trace
 from ingot.models.quantization import method_of
 from ingot.ops import Graph, Recipe, formats
+from ingot.ops.errors import IngotError
 from ingot.ops.graph import op_of
 from ingot.ops.target import Target
 
@@ -61,7 +62,7 @@ def test_online(method: str, target: Target, tied: bool) -> None:
     original = {n: p.detach().clone() for n, p in model.state_dict().items()}
     graph = trace(config, dtype=torch.float32, page_size=oracle.PAGE_SIZE)
     everywhere = formats.online(method, target)[0]
-    quantized = quantize_weights(graph, choose_online(method, target, ()))
+    quantized = quantize_weights(graph, choose_online(Request(method), target))
     names = {source for w in quantized.weights.values() if w.recipe.op == "dequantize" for source in w.recipe.sources}
     for name, parameter in model.named_parameters():  # the model that the graph means
         head = name == "lm_head.weight" or (tied and "embed" in name)
@@ -91,12 +92,25 @@ def without_activation(recipe: Recipe) -> Recipe:
 
 def test_what_is_excluded_stays() -> None:
     graph = trace(CONFIG, dtype=torch.float32)
-    choose = choose_online("int8", CPU, ("lm_head", r"layers\.0\..*down_proj", "k_proj"))
+    choose = choose_online(Request("int8", ("lm_head", r"layers\.0\..*down_proj", "k_proj")), CPU)
     lowered, _ = lower(quantize_weights(graph, choose), CPU)
     # K is kept apart from Q and V in both layers, the down projection in the first
     assert sorted(formats_of(lowered)) == sorted(["int8_channel", "float", "int8_channel", "int8_channel"] * 2 + ["float", "int8_channel", "float"])
-    with pytest.raises(QuantizationError, match="not a regular expression"):
-        choose_online("int8", CPU, ("(",))
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("int5", "", "", None, False), "--quantize int5 is unknown: use none, fp8, int8, int4-g32"),
+    (("int8-gptq", "", "text", None, False), "--quantize int8-gptq is unknown"),
+    (("int8", "(", "", None, False), "not a regular expression"),
+    (("none", "lm_head", "", None, False), "give --quantize too"),
+    (("int4-g128-gptq", "", "", None, False), "needs --calibrate FILE"),
+    (("int4-g128", "", "text", None, False), "rounds to nearest"),
+    (("int4-g32-awq", "", "text", None, True), "--dummy-weights"),
+    (("int8", "", "", method_of(LlamaConfig(quantization_config={"quant_method": "fp8"})), False), r"quantized already \(fp8\)"),
+])  # fmt: skip
+def test_flags_that_contradict(flags: Any, message: str) -> None:
+    with pytest.raises(IngotError, match=message):
+        Request.of(*flags)
 
 
 def checkpoint_of(folder: Path, act_order: dict[str, torch.Tensor]) -> Any:
