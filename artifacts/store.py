@@ -189,10 +189,11 @@ class Store:
     def copy_out(self, key: str, folder: Path) -> None:
         """Put an artifact at `folder`, which must be empty, absent, or the same artifact: hard links, copies across file systems."""
         artifact = self.open(key)
+        check_output(folder, key)
         if (folder / MANIFEST).is_file() and Artifact.open(folder).manifest == artifact.manifest:
             return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ArtifactError(f"{folder} is there already and is not this artifact; name another folder, or delete it")
+        if (folder / MANIFEST).is_file():
+            raise ArtifactError(f"{folder} has another artifact of the same key; name another folder, or delete it")
         partial = folder.absolute().with_name(f".{folder.name}.partial")
         with writing(folder):
             _remove(partial)
@@ -321,6 +322,14 @@ class Store:
             yield held
         finally:
             file.close()
+
+
+def check_output(folder: Path, key: str) -> None:
+    """ArtifactError unless an artifact with this key can be put at `folder`: nothing is there, or an artifact with this key."""
+    if (folder / MANIFEST).is_file() and Artifact.open(folder).manifest.key == key:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} is there already and is not this artifact; name another folder, or delete it")
 
 
 def _try_lock(fd: int) -> bool:

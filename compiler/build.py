@@ -22,7 +22,7 @@ from ingot.artifacts.gate_record import DEFERRED, passed
 from ingot.artifacts.manifest import Embedding, Group, ModelInfo, Options, State
 from ingot.artifacts.plan import Variant
 from ingot.artifacts.settings import settings
-from ingot.artifacts.store import Store
+from ingot.artifacts.store import Store, check_output
 from ingot.models import oracle, source
 from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import architecture, entry_point, trace
@@ -95,6 +95,8 @@ def compile_model(model: str, options: CompileOptions, *, output: Path | None = 
     """
     start = time.perf_counter()
     job = _prepare(model, options)
+    if output is not None:
+        check_output(output, job.inputs.key)
     store = Store(settings().home)
     found = store.find(job.inputs.key)
     if found is None:

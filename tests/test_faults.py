@@ -265,6 +265,16 @@ def test_a_tokenizer_of_another_model_is_refused(warm: Store, model: Path, tmp_p
         compile_model(str(folder), OPTIONS)
 
 
+def test_a_folder_that_is_taken_is_told_before_the_long_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INGOT_HOME", str(tmp_path / "home"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    stages: list[str] = []
+    with pytest.raises(ArtifactError, match=r"out is there already and is not this artifact; name another folder"):
+        compile_model(str(model), OPTIONS, output=tmp_path / "out", progress=lambda stage, done: stages.append(stage))
+    assert stages == []
+
+
 def test_a_kernel_that_cannot_be_loaded_is_named(warm: Store, tmp_path: Path) -> None:
     """Not damaged since it was written, which its hash would tell, but nothing that this machine can load."""
     (listed,) = warm.list()
