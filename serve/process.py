@@ -31,10 +31,11 @@ class Stages:
             self._stage, self._since = stage, now
 
     def watching(self, progress: Callable[[str, float], None]) -> Callable[[str, float], None]:
-        """`progress`, and its stages become this process's."""
+        """`progress`, and the stages that begin become this process's."""
 
         def update(stage: str, fraction: float) -> None:
-            self.enter(stage)
+            if fraction < 1.0:
+                self.enter(stage)
             progress(stage, fraction)
 
         return update
