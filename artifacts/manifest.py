@@ -104,7 +104,7 @@ class Manifest(msgspec.Struct, frozen=True):
     states: tuple[State, ...]
     weights: tuple[WeightTensor, ...]
     weight_chunks: tuple[str, ...]  # SHA-256 of each CHUNK_BYTES of weights.bin
-    entry_point: str  # of every variant: "forward" or "embed"
+    entry_point: str  # what is asked of it: "forward" or "embed"
     embedding: Embedding | None  # of `embed`
     variants: tuple[str, ...]  # plans/<name>.json
     kernels: tuple[Kernel, ...]

@@ -61,7 +61,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         ]
         variants.append({"name": name, **sizes, "backends": dict(Counter(e.backend for e in plan.entries)), "entries": entries})
     return {
-        **{k: described[k] for k in ("key", "digest", "ingot_version", "model", "options", "kv_layout", "groups", "key_inputs")},
+        **{k: described[k] for k in ("key", "digest", "ingot_version", "model", "options", "kv_layout", "groups", "key_inputs", "entry_point", "embedding")},
         "path": str(artifact.root),
         "target": {**described["target"], "name": str(manifest.target)},
         "kv_bytes_per_token": sum(g.bytes_per_unit // g.page_size for g in manifest.groups if g.page_size),
@@ -117,6 +117,7 @@ def _print(d: dict[str, Any]) -> None:
     size = f"{model['num_parameters'] / 1e6:,.1f} M parameters"
     facts = {
         "model": f"{model['name']} ({model['architecture']}, {size}, {model['dtype']}, context {model['max_model_len']:,})",
+        "entry": d["entry_point"] + "".join(f", {k}={v}" for k, v in (d["embedding"] or {}).items()),
         "target": d["target"]["name"],
         "options": ", ".join(f"{k}={v}" for k, v in d["options"].items()),
         "KV cache": f"{d['kv_bytes_per_token']:,} bytes a token, {d['slot_bytes_per_sequence']:,} a sequence; {d['kv_layout']}",
