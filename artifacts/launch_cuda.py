@@ -63,6 +63,7 @@ class CudaFunction:
     shared_bytes: int
     launch_pdl: bool
     parameter_sizes: tuple[int, ...]
+    device: int = 0
 
     def prepare(self, args: Sequence[torch.Tensor | int | float], grid: Sequence[int]) -> Launcher:
         """Lay out `args` (a tensor is passed as its address) for a grid of up to three axes. LaunchError if they do not fit."""
@@ -77,7 +78,7 @@ class CudaFunction:
 
     def bind(self, args: Sequence[Any], grid: tuple[int, ...]) -> Callable[[], None]:
         """A function that launches on torch's current stream."""
-        launcher, device = self.prepare(args, grid), torch.cuda.current_device()
+        launcher, device = self.prepare(args, grid), self.device
         # torch.cuda.current_stream makes an object, which takes longer than the launch
         return lambda: launcher.launch(torch._C._cuda_getCurrentRawStream(device))
 
@@ -97,7 +98,8 @@ def load(kernel: Kernel, path: Path) -> CudaFunction:
     sizes: list[int] = []
     while (found := driver.cuFuncGetParamInfo(handle, len(sizes)))[0] == 0:
         sizes.append(found[2])
-    return CudaFunction(kernel.name, driver, module, handle, 32 * kernel.num_warps, kernel.shared_bytes, kernel.launch_pdl, tuple(sizes[:-HIDDEN_PARAMETERS]))
+    return CudaFunction(kernel.name, driver, module, handle, 32 * kernel.num_warps, kernel.shared_bytes, kernel.launch_pdl,
+                        tuple(sizes[:-HIDDEN_PARAMETERS]), torch.cuda.current_device())  # fmt: skip
 
 
 def _pack(name: str, index: int, arg: torch.Tensor | int | float, size: int) -> Any:

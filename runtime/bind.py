@@ -29,20 +29,24 @@ class BoundPlan:
 
 def bind(
     variant: Variant, sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor, kernels: Mapping[str, Loaded], device: torch.device,
-    part: slice = slice(None),
+    part: slice = slice(None), fixed: dict[str, torch.Tensor] | None = None,
 ) -> BoundPlan:  # fmt: skip
     """Bind `variant` for a step of these `sizes`. `roots`: inputs (as large as they get), states and weights by name; `arena` is bytes.
 
-    `part`: of the entries, which.
+    `part`: of the entries, which. `fixed`: weights and states as plans see them, which all plans over the same `roots` can share.
     """
     by_name = {v.name: v for v in variant.values}
     tensors: dict[str, torch.Tensor] = {}
     arenas: dict[str, torch.Tensor] = {}  # by dtype
 
+    shared = tensors if fixed is None else fixed
+
     def tensor(name: str) -> torch.Tensor:
-        if name not in tensors:
-            tensors[name] = _tensor(by_name[name], by_name, sizes, base)
-        return tensors[name]
+        value = by_name[name]
+        known = shared if value.storage in ("weight", "state") and not value.root else tensors
+        if name not in known:
+            known[name] = _tensor(value, by_name, sizes, base)
+        return known[name]
 
     def base(root: Value) -> tuple[torch.Tensor, int]:
         """What a root lies in, and at which element."""

@@ -100,6 +100,7 @@ class Executor:
         self._arena = torch.empty(max(v.arena_bytes for v in forward), dtype=torch.uint8, device=self.device)
         # where a graph cannot hold the plan, references look at sequences one by one, and are spared those that are none
         self._pads = any(v.capture for v in forward)
+        self._fixed: dict[str, torch.Tensor] = {}
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
         self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
         self._capture(progress)
@@ -180,7 +181,7 @@ class Executor:
     def _bind_part(self, variant: Variant, size: StepSize, part: slice) -> BoundPlan:
         sizes = {"T": size.num_tokens, "S": size.num_seqs, "R": size.num_rows}
         sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, _, c in self.layout.page_groups}
-        return bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device, part)
+        return bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device, part, self._fixed)
 
     def _capture(self, progress: Progress) -> None:
         """Capture every variant at each of its sizes, largest first, so that the pool is allocated once."""
