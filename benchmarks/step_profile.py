@@ -3,9 +3,8 @@
     python benchmarks/step_profile.py CONFIG_DIR_OR_MODEL [--batch 1,16,64,256] [-o FILE.json] [--svg FILE.svg]
 
 Per batch size, over steps in which every sequence decodes a sampled token, through the public engine:
-  step_us   from step to step
-  host_us   the thread of the engine, without its waits
-  enqueue_us  the thread that enqueues steps, most of it in the driver
+  step_us   from step to step, mean
+  host_us   the host's part of a step, without its wait for the device, median
   idle_us   the device, from the end of a step to the beginning of the next one (CUDA events; median, and the 90th percentile)
   gaps_us   the device, from a step's last copy to the first kernel of the next plan: all that is idle between copies and kernels (profiler, median)
 The plot shows a few steps: what the device computes and copies (torch's profiler, which slows the host down a little), and where it is idle.
@@ -28,43 +27,36 @@ from ingot.compiler.build import CompileOptions, compile_model
 from ingot.runtime import LLM, SamplingParams
 from ingot.runtime.batch import Sampled, StepBatch
 from ingot.runtime.engine import Engine
-from ingot.runtime.executor import Enqueued, Executor
 from ingot.runtime.request import Request
 
 PROMPT, WARM, STEPS, SHOWN = 128, 16, 100, 4
 
 
 class Watched:
-    """An executor, with CUDA events around its steps, a clock at what it enqueues, and one at the waits for it."""
+    """An executor with a clock at its waits, and CUDA events around its steps if they are asked for: they cost the host some time."""
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._enqueue = executor._enqueue
-        executor._enqueue = self.enqueue  # type: ignore[method-assign]
+    def __init__(self, executor: Any, with_events: bool) -> None:
+        self._executor, self._with_events = executor, with_events
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.waited = self.enqueued = 0.0
+        self.waited = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)
 
     def launch(self, batch: StepBatch) -> WatchedStep:
-        return WatchedStep(self, self._executor.launch(batch))
-
-    def enqueue(self, batch: StepBatch) -> Enqueued:
-        begin, end, clock = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), time.perf_counter()
+        if not self._with_events:
+            return WatchedStep(self, self._executor.launch(batch))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        enqueued = self._enqueue(batch)
+        step = self._executor.launch(batch)
         end.record()
         self.events.append((begin, end))
-        self.enqueued += time.perf_counter() - clock
-        return enqueued
-
-    def restore(self) -> Executor:
-        self._executor._enqueue = self._enqueue  # type: ignore[method-assign]
-        return self._executor
+        return WatchedStep(self, step)
 
 
 class WatchedStep:
+    """A step on its way; the wait for it is timed."""
+
     def __init__(self, watched: Watched, step: Any) -> None:
         self._watched, self._step = watched, step
 
@@ -73,6 +65,23 @@ class WatchedStep:
         sampled = self._step.result()
         self._watched.waited += time.perf_counter() - begin
         return sampled
+
+
+def steps(engine: Engine, with_events: bool) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of each step, of the host's part of it, and of what the device idled before it."""
+    plain = engine.executor
+    watched = Watched(plain, with_events)
+    engine.executor = watched
+    whole, host = [], []
+    for _ in range(WARM + STEPS):
+        watched.waited, begin = 0.0, time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - begin)
+        host.append(whole[-1] - watched.waited)
+    torch.cuda.synchronize()
+    engine.executor = plain
+    idle = [max(0.0, a[1].elapsed_time(b[0]) / 1e3) for a, b in zip(watched.events, watched.events[1:], strict=False)]
+    return whole[WARM:], host[WARM:], sorted(idle[WARM:])
 
 
 def decoding(engine: Engine, batch: int, tokens: int, temperature: float) -> None:
@@ -88,20 +97,9 @@ def decoding(engine: Engine, batch: int, tokens: int, temperature: float) -> Non
 
 def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
     engine = llm.engine
-    watched = Watched(engine.executor)
-    engine.executor = watched
-    decoding(engine, batch, WARM + STEPS + 64, temperature)
-    for _ in range(WARM):
-        engine.step()
-    watched.events.clear()
-    watched.waited = watched.enqueued = 0.0
-    begin = time.perf_counter()
-    for _ in range(STEPS):
-        engine.step()
-    seconds = time.perf_counter() - begin
-    torch.cuda.synchronize()
-    idle = sorted(max(0.0, a[1].elapsed_time(b[0]) * 1e3) for a, b in zip(watched.events, watched.events[1:], strict=False))
-    engine.executor = watched.restore()
+    decoding(engine, batch, 2 * (WARM + STEPS) + 32, temperature)
+    whole, host, _ = steps(engine, with_events=False)
+    _, _, idle = steps(engine, with_events=True)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(8):
             engine.step()
@@ -116,11 +114,10 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
         engine.step()
     return {
         "batch": batch,
-        "step_us": round(seconds / STEPS * 1e6, 1),
-        "host_us": round((seconds - watched.waited) / STEPS * 1e6, 1),
-        "enqueue_us": round(watched.enqueued / STEPS * 1e6, 1),
-        "idle_us": round(statistics.median(idle), 1),
-        "idle_us_p90": round(idle[len(idle) * 9 // 10], 1),
+        "step_us": round(statistics.mean(whole) * 1e6, 1),
+        "host_us": round(statistics.median(host) * 1e6, 1),
+        "idle_us": round(statistics.median(idle) * 1e6, 1),
+        "idle_us_p90": round(idle[len(idle) * 9 // 10] * 1e6, 1),
         "gaps_us": round(statistics.median(gaps), 1),
         "timeline": [[round(a - spans[starts[0]][0], 2), round(b - spans[starts[0]][0], 2), "copy" if n.startswith("Mem") else "kernel"]
                      for a, b, n in spans[starts[0] : starts[-1]]],

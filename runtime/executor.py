@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,29 +38,24 @@ class _Captured:
     num_entries: int
 
 
-Enqueued = tuple[Sampled, torch.cuda.Event | None]
-"""What a step samples: on the host once the event has come; None: now."""
-
-
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that was launched; `enqueued` waits until it is in the device's queue."""
+    """A step that was launched: what it samples, on the host once `done`."""
 
-    enqueued: Callable[[], Enqueued]
+    sampled: Sampled
+    done: torch.cuda.Event | None  # None: it is done
 
     def result(self) -> Sampled:
         """Wait for this step alone; numpy arrays [R]."""
-        sampled, done = self.enqueued()
-        if done is not None:
-            done.synchronize()
-        return sampled.to_host()
+        if self.done is not None:
+            self.done.synchronize()
+        return self.sampled.to_host()
 
 
 class Executor:
     """Runs the artifact's plans on this machine's device. `memory` says how many pages and slots there are.
 
-    An asynchronous one, as on a GPU, enqueues its steps in a thread: the driver takes as long to launch a graph of some hundred kernels as small
-    models take to compute it, and does not need the interpreter for it, which schedules the next step and reads the last one meanwhile.
+    `asynchronous`: whether an engine may launch a step before it has the samples of the one before; by default on a GPU.
     """
 
     def __init__(self, artifact: Artifact, plans: dict[str, Variant], memory: MemoryPlan, progress: Progress = lambda stage, done: None,
@@ -94,7 +88,6 @@ class Executor:
         self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
         self._staging = Staging(self.layout, largest, self.device)
-        self._launcher = ThreadPoolExecutor(1, "launch") if self.info.asynchronous else None
         compiled = CompiledSampler(sampling, self._kernels, self.device) if sampling else None
         self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device, compiled)
         self._arena = torch.empty(max(v.arena_bytes for v in forward), dtype=torch.uint8, device=self.device)
@@ -110,23 +103,16 @@ class Executor:
         return self._staging.batch(size, padded(size, self._variant(size)) if self._pads else size)
 
     def launch(self, batch: StepBatch) -> LaunchedStep:
-        """Have the batch's step enqueued."""
-        if self._launcher is not None:
-            return LaunchedStep(self._launcher.submit(self._enqueue, batch).result)
-        enqueued = self._enqueue(batch)
-        return LaunchedStep(lambda: enqueued)
-
-    def _enqueue(self, batch: StepBatch) -> Enqueued:
-        """The step, sampling, and the copy of the samples to the host."""
+        """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
         sampled = self._sampler(self._forward(batch), batch, self._staging.input_ids, self._staging.buffer)
         self._staging.keep(sampled.token_ids)
         sampled = sampled.first(batch.size.num_rows)
         if self.device.type != "cuda":
-            return sampled, None
+            return LaunchedStep(sampled, None)
         done = torch.cuda.Event()
         sampled = Sampled(*(None if t is None else t.to("cpu", non_blocking=True) for t in sampled))  # to page-locked memory
         done.record()
-        return sampled, done
+        return LaunchedStep(sampled, done)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """The same step without sampling: logits [R, V] on the device, valid until the next step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,16 @@ _BUFFERS = 3
 """Host buffers in rotation: one is packed while the steps before it may still be copied."""
 _KEPT = 64
 """Batches whose views are kept; steps of a size seen before cost no views."""
+
+
+class _Views(NamedTuple):
+    """Of a batch, what its upload reads and writes: made once, since a view costs as much as a launch."""
+
+    host: torch.Tensor
+    device: torch.Tensor
+    token_sources: torch.Tensor
+    input_ids: torch.Tensor
+    page_tables: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Staging:
@@ -27,8 +38,7 @@ class Staging:
         self._host = [torch.zeros(length, dtype=torch.int32, pin_memory=cuda) for _ in range(_BUFFERS)]
         self._copied = [torch.cuda.Event() for _ in self._host] if cuda else []
         self._slot = 0
-        self._batches: OrderedDict[tuple[int, StepSize], StepBatch] = OrderedDict()
-        self._slots: dict[StepBatch, int] = {}
+        self._batches: OrderedDict[tuple[int, StepSize], tuple[StepBatch, _Views]] = OrderedDict()
         self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
         self.buffer = self._memory[layout.num_samples :]
         self.input_ids = torch.zeros(largest.num_tokens, dtype=torch.int32, device=device)
@@ -40,31 +50,34 @@ class Staging:
         if self._copied:
             self._copied[self._slot].synchronize()
         key = (self._slot, padded)
-        if key in self._batches:
-            self._batches.move_to_end(key)
-            self._batches[key].reset(size)
-        else:
-            self._batches[key] = StepBatch(self._layout, size, padded, self._host[self._slot].numpy())
-            self._slots[self._batches[key]] = self._slot
+        if key not in self._batches:
+            batch = StepBatch(self._layout, size, padded, self._host[self._slot].numpy())
+            self._batches[key] = batch, self._views(batch)
             if len(self._batches) > _KEPT:
-                _, old = self._batches.popitem(last=False)
-                del self._slots[old]
-        return self._batches[key]
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(key)
+        batch, _ = self._batches[key]
+        batch.reset(size)
+        return batch
 
     def upload(self, batch: StepBatch) -> None:
-        """Enqueue the copy of a batch, and make input ids and page tables of it."""
-        slot = self._slots[batch]
-        self.buffer[: batch.buffer.size].copy_(self._host[slot][: batch.buffer.size], non_blocking=True)
+        """Enqueue the copy of the batch that `batch` returned last, and make input ids and page tables of it."""
+        _, views = self._batches[self._slot, batch.padded]
+        views.device.copy_(views.host, non_blocking=True)
         if self._copied:
-            self._copied[slot].record()
-        torch.index_select(self._memory, 0, self._view(batch, "token_sources"), out=self.input_ids[: batch.padded.num_tokens])
-        for name, table in self._page_tables.items():
-            num_seqs, columns = batch.fields[name].shape
-            table[:num_seqs, :columns].copy_(self._view(batch, name).view(num_seqs, columns))
+            self._copied[self._slot].record()
+        torch.index_select(self._memory, 0, views.token_sources, out=views.input_ids)
+        for table, packed in views.page_tables:
+            table.copy_(packed)
 
-    def _view(self, batch: StepBatch, name: str) -> torch.Tensor:
-        field = batch.fields[name]
-        return self.buffer[field.offset : field.offset + math.prod(field.shape)]
+    def _views(self, batch: StepBatch) -> _Views:
+        def view(name: str) -> torch.Tensor:
+            field = batch.fields[name]
+            return self.buffer[field.offset : field.offset + math.prod(field.shape)].view(field.shape)
+
+        tables = [(table[: view(name).shape[0], : view(name).shape[1]], view(name)) for name, table in self._page_tables.items()]
+        host, device = self._host[self._slot][: batch.buffer.size], self.buffer[: batch.buffer.size]
+        return _Views(host, device, view("token_sources"), self.input_ids[: batch.padded.num_tokens], tables)
 
     def inputs(self, size: StepSize) -> dict[str, torch.Tensor]:
         """Where a plan reads a step padded to `size`; T, S and R decide."""

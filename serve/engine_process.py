@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import signal
@@ -73,8 +72,6 @@ def run(fds: list[int], config_json: str, stages: Stages) -> int:
         stages.enter("ready")
         for client in connections:
             clients.send(client, Ready(age(), stages.seconds, engine.max_model_len, engine.vocab_size))
-        gc.collect()
-        gc.freeze()  # what was loaded stays: a collection between two steps need not look at it
         (serve_embeddings if isinstance(engine, Embedder) else serve)(engine, clients)
     except IngotError as error:
         for client in connections:
