@@ -18,12 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the result of this run to tests/nightly.json, as `make nightly` does")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     if config.getoption("--record"):
         stats = {k: terminalreporter.stats.get(k, []) for k in ("passed", "failed", "error", "skipped")}
         result = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "selected": " ".join(["-m", repr(config.getoption("-m")), *config.args]),
+            "finished": exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED),
             **{k: len(reports) for k, reports in stats.items()},
             "failures": sorted(report.nodeid for k in ("failed", "error") for report in stats[k]),
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers")},
