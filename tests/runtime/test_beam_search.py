@@ -74,7 +74,7 @@ def search(executor, prompt: list[int], params: SamplingParams, stops: frozenset
 CUTS = [{}, {"chunk": 16}, {"tokens": 96}, {"tokens": 96, "chunk": 16, "enable_prefix_caching": False}, {"max_num_seqs": 3}, {"max_num_rows": 4}]
 
 
-@pytest.mark.parametrize("groups", ["full", "full and window", "windows", "pages and slots"])
+@pytest.mark.parametrize("groups", ["full", "full and window", "pages and slots"])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_an_engine_finds_the_same_whatever_becomes_of_its_pages(recall, groups, cut) -> None:
     eos = (3, 50)
