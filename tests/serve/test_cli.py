@@ -41,7 +41,12 @@ def test_help_is_instant_and_names_every_verb(ingot: Run) -> None:
         (("compile",), "--target --dtype --quantize --kv-cache-dtype --max-num-seqs --max-num-batched-tokens --deterministic --dummy-weights --output --json"),
         (("inspect",), "--json"),
         (("models",), "--run --json"),
-        (("generate",), "--prompt --prompt-ids --max-tokens --temperature --seed --logprobs --prompt-logprobs --ignore-eos --json --dtype --dummy-weights"),
+        (
+            ("generate",),
+            "--prompt --prompt-ids --max-tokens --temperature --seed --logprobs --prompt-logprobs --ignore-eos --json --dtype --dummy-weights "
+            "--top-k --top-p --min-p --stop --min-tokens --repetition-penalty --presence-penalty --frequency-penalty --logit-bias --bad-word "
+            "--allowed-token-ids --best-of --beam-width --length-penalty --early-stopping",
+        ),
         (("serve",), "--host --port --api-key --max-model-len --gpu-memory-utilization --target --max-num-seqs"),
         (("bench", "latency"), "--batch --prefill --repeats --json --dummy-weights"),
         (("bench", "throughput"), "--requests --json --dummy-weights"),
@@ -106,6 +111,8 @@ def test_a_taken_port_is_told(ingot: Run, artifact: Path) -> None:
         ("generate", "x", "--prompt", "a", "--prompt-ids", "1"),
         ("generate", "x", "--prompt-ids", "1,b"),
         ("generate", "x", "--prompt", "a", "--max-tokens", "0"),
+        ("generate", "x", "--prompt", "a", "--logit-bias", "5"),
+        ("generate", "x", "--prompt", "a", "--allowed-token-ids", "1;2"),
         ("compile", "x", "--max-num-seqs", "0"),
         ("bench", "latency", "x", "--batch", "1,-4"),
         ("bench", "throughput", "x", "--shortest", "9", "--longest", "8"),
