@@ -1,6 +1,6 @@
 """Perplexity of a model in each quantization, through the public engine, on text that neither training nor calibration saw. Prints a table.
 
-    python benchmarks/perplexity.py [--model bundled] [--text FILE] [--calibrate FILE] [--context 1024] [--only int8,int4-g128-gptq] [--json]
+    python benchmarks/perplexity.py [--model bundled] [--text FILE] [--calibrate FILE] [--context 1024] [--windows N] [--only int8,int4-g128-gptq] [--json]
 
 By default the bundled model's held-out text, calibrated on sources of this Python's standard library that are not in it. A text is cut at
 the end-of-text token and into windows of `--context` tokens; the mean is over all tokens but the first of each window.
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--windows", type=int, help="at most this many of the windows, evenly spread")
     parser.add_argument("--target", default="auto")
     parser.add_argument("--only", help="configurations, with commas between")
     parser.add_argument("--json", action="store_true")
@@ -80,7 +81,7 @@ def main() -> None:
             texts = [llm.engine.tokenizer.encode(END_OF_TEXT + t) for t in text.split(END_OF_TEXT)]
             size = args.context - 1
             windows = [w for ids in texts for i in range(0, len(ids), size) if len(w := ids[i : i + size]) > 1]
-            value = perplexity(llm, windows)
+            value = perplexity(llm, windows[:: max(1, len(windows) // args.windows)] if args.windows else windows)
             nbytes = sum(w.nbytes for w in Artifact.open(built.path).manifest.weights)
             first = rows[0]["perplexity"] if rows else value
             rows.append({"weights": name, "perplexity": value, "of_first": value / first - 1, "mb": nbytes / 1e6, "seconds": time.perf_counter() - start})
