@@ -20,12 +20,12 @@ Points = dict[int, float]
 
 
 def series(results: dict[str, Any], vllm: dict[str, Any]) -> dict[str, dict[str, Points]]:
-    """Model → name → batch size → milliseconds. vLLM's where it was measured on the same device."""
+    """Model → name → batch size → milliseconds."""
     found = {}
     for model, parts in results["models"].items():
         points = [p for p in parts.get("latency", {}).get("decode", []) if "ms" in p]
         if points:
-            theirs = vllm["models"].get(model, {}).get("decode_ms", {}) if results["device"] == vllm["device"] else {}
+            theirs = vllm["models"].get(model, {}).get("decode_ms", {})
             found[model] = {
                 "floor": {p["batch"]: p["floor_ms"] for p in points},
                 "Ingot": {p["batch"]: p["ms"] for p in points},
@@ -34,8 +34,8 @@ def series(results: dict[str, Any], vllm: dict[str, Any]) -> dict[str, dict[str,
     return found
 
 
-def draw(panels: dict[str, dict[str, Points]], title: str) -> str:
-    """The SVG: both axes logarithmic, the same time axis in every panel."""
+def draw(panels: dict[str, dict[str, Points]], title: str, labels: dict[str, str]) -> str:
+    """The SVG: both axes logarithmic, the same time axis in every panel. `labels`: what the legend says for a series, if not its name."""
     values = [ms for lines in panels.values() for points in lines.values() for ms in points.values()]
     low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
     batches = sorted({b for lines in panels.values() for points in lines.values() for b in points})
@@ -68,7 +68,7 @@ def draw(panels: dict[str, dict[str, Points]], title: str) -> str:
     for i, (name, (color, dashes)) in enumerate(SERIES.items()):
         at = LEFT + 90 * i
         out.append(f'<path d="M{at} {HEIGHT + 8}h22" stroke="{color}" stroke-width="1.8" stroke-dasharray="{dashes}"/>')
-        out.append(f'<text x="{at + 28}" y="{HEIGHT + 12}">{name}</text>')
+        out.append(f'<text x="{at + 28}" y="{HEIGHT + 12}">{escape(labels.get(name, name))}</text>')
     out.append(f'<text x="{width - 14}" y="{HEIGHT + 12}" text-anchor="end">{escape(title)}</text></svg>')
     return "\n".join(out) + "\n"
 
@@ -79,11 +79,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
-    panels = series(results, json.loads(VLLM.read_text()))
+    vllm = json.loads(VLLM.read_text())
+    panels = series(results, vllm)
+    labels = {} if results["device"] == vllm["device"] else {"vLLM": f"vLLM, on {vllm['device']}"}
     if not panels:
         raise SystemExit(f"{args.results} has no latencies: run benchmarks/tables.py with --parts latency")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(draw(panels, f"{results['device']}, {args.results.stem[:10]}"))
+    args.output.write_text(draw(panels, f"{results['device']}, {args.results.stem[:10]}", labels))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,12 @@ def test_the_picture_has_a_panel_a_model_and_a_dot_a_point(results: Path, tmp_pa
     assert lowest.get("fill") == "#888888"  # the floor is below
 
 
+def test_a_picture_says_so_when_vllm_ran_elsewhere(results: Path, tmp_path: Path, script: Callable[..., str]) -> None:
+    results.write_text(json.dumps(RESULTS | {"device": "NVIDIA H100"}))
+    script("plot.py", results, "-o", tmp_path / "decode.svg")
+    assert ">vLLM, on NVIDIA H200<" in (tmp_path / "decode.svg").read_text()
+
+
 def test_vllms_figures_name_their_source() -> None:
     data = json.loads((BENCHMARKS / "data" / "vllm-0.26.0-h200.json").read_text())
     assert data["source"] and data["device"]
