@@ -142,7 +142,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
                     places[name].copy_(arg.flatten().view(torch.uint8))
                     named[name] = {"begin": end, "end": end + arg.nbytes, "dtype": str(arg.dtype).removeprefix("torch.")}
                     end += -(-arg.nbytes // 256) * 256
-            job = {"path": str(path), "symbol": source.symbol, "constants": source.constants, "args": named, "grid": grid}
+            job = {"path": str(path), "symbol": source.symbol, "constants": source.constants | {"PDL": False}, "args": named, "grid": grid}
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             assert json.loads(process.stdout.readline()) == ""
