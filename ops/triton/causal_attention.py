@@ -7,15 +7,13 @@ Tiles that come last in the batch have the most keys before them and start first
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from ..kernel import Call, Candidate, Operand, Steps, claims
 from ..target import SHARED_MEMORY_BYTES, Target
-from .attention import plus
+from .attention import Tile, plus
 from .source import launch, power_of_two, supported
 
 
@@ -105,20 +103,8 @@ def causal_attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_ta
         tl.store(out + row[:, None] * F + tl.arange(0, F)[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None])
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows (tokens × grouped heads) and keys of a step of the softmax; warps, pipeline stages."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-    def __str__(self) -> str:
-        return f"m{self.m}_n{self.n}_w{self.warps}_s{self.stages}"
-
-    def shared_bytes(self, e: int, f: int) -> int:
-        return 2 * (self.m * max(e, f) + self.stages * self.n * (e + f))
+def _shared_bytes(tile: Tile, e: int, f: int) -> int:
+    return 2 * (tile.m * max(e, f) + tile.stages * tile.n * (e + f))
 
 
 # best first for long prompts: benchmarks/gpu_kernels.py
@@ -141,7 +127,7 @@ def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate
     operands |= {"out": Operand(out=0), "num_tokens": Operand(size=tokens), "num_seqs": Operand(size=seqs), "num_columns": Operand(size=columns)}
     found: list[Candidate] = []
     for t in TILES:
-        if t.n > 2 * page_size or page_size % min(t.n, page_size) or group > t.m or t.shared_bytes(e, f) > SHARED_MEMORY_BYTES[target.isa]:
+        if t.n > 2 * page_size or page_size % min(t.n, page_size) or group > t.m or _shared_bytes(t, e, f) > SHARED_MEMORY_BYTES[target.isa]:
             continue
         block_q = t.m // group
         constants = {"H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "SCALE": args["scale"], "BLOCK_M": t.m, "BLOCK_N": t.n,
