@@ -98,8 +98,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if first is not None and first in running:
             assert first.status is Status.RUNNING  # so that somebody always gets on
         if step is None:
-            # nobody, or all that there are wait for a step in flight
-            assert not self.alive or (self.in_flight and all(end.get(s, 0) == 0 for s in running))
+            # nobody, or all that there are wait for a step in flight: for their newest token, or for the pages of one that ends with it
+            assert not self.alive or (self.in_flight and all(end[s] == 0 for s in running - preempted))
             return
         scheduled = list(zip(step.sequences, step.num_new.tolist(), strict=True))
         for i, (seq, n) in enumerate(scheduled):
@@ -203,6 +203,24 @@ def test_the_latest_arrival_is_preempted_and_computed_again_with_what_it_said():
     while a.status is Status.RUNNING:
         compute(s)
     assert sizes(compute(s)) == [("r1", 9 + said)]
+
+
+def test_the_last_gives_way_to_one_whose_end_is_still_in_flight():
+    """Then nothing is left to compute until that step is collected, and nobody is stuck."""
+    s = scheduler(pages=5, caching=False)
+    ends = make(s, 0, [1] * 10, max_tokens=3)
+    late = make(s, 1, [2] * 6, max_tokens=8)
+    compute(s)
+    step = s.schedule()
+    while ends.num_output < 2:
+        s.launched(step)
+        collect(s, step)
+        step = s.schedule()
+    s.launched(step)
+    assert s.schedule() is None
+    assert (ends.status, late.status) == (Status.RUNNING, Status.WAITING)
+    assert collect(s, step) == [ends]
+    assert [name for name, _ in sizes(compute(s))] == ["r1"]
 
 
 def test_one_that_was_scheduled_already_can_still_be_preempted():
