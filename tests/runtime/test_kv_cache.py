@@ -133,6 +133,11 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.nightly
+class TestManyCacheMachines(CacheMachine.TestCase):
+    settings = settings(max_examples=3000, stateful_step_count=40, deadline=None, derandomize=False)
+
+
 def fill(cache: KVCache, tokens: list[int], **request: object) -> Sequence:
     seq = sequence(tokens, **request)
     assert cache.admit(seq)

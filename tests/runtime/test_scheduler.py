@@ -172,6 +172,11 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.nightly
+class TestManySchedulerMachines(SchedulerMachine.TestCase):
+    settings = settings(max_examples=3000, stateful_step_count=40, deadline=None, derandomize=False)
+
+
 def scheduler(pages: int = 64, seqs: int = 8, tokens: int = 32, rows: int = 0, caching: bool = True) -> Scheduler:
     return Scheduler(KVCache({"full": GroupInfo("page", 4, pages)}, seqs, 256, caching), max_num_seqs=seqs, max_num_batched_tokens=tokens, max_num_rows=rows)
 

@@ -84,10 +84,19 @@ def test_a_failed_step_ends_its_sequences_and_no_others(recall_in_flight, late):
     assert engine.stats().pages["full"][0] == 0
 
 
-@given(st.data())
-@settings(max_examples=40, deadline=None)
-def test_whatever_happens_the_answers_are_those_of_an_engine_that_waits(recall_in_flight, data):
+@pytest.mark.parametrize("look_for_new", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_whatever_happens_the_answers_are_those_of_an_engine_that_waits(recall_in_flight, look_for_new):
     """Arrivals and aborts between steps, stops by token, several continuations, scores, preemption."""
+
+    @settings(max_examples=600 if look_for_new else 40, deadline=None, derandomize=not look_for_new)
+    @given(st.data())
+    def check(data):
+        same_answers(recall_in_flight, data)
+
+    check()
+
+
+def same_answers(recall_in_flight, data):
     groups = data.draw(st.sampled_from(["full", "full and window", "windows", "pages and slots"]))
     options = {"tokens": data.draw(st.sampled_from([80, 120, 400])), "chunk": data.draw(st.sampled_from([9, 30, 256])), "max_num_seqs": 5}
     prompts = recall_in_flight.prompts(8, 30, seed=data.draw(st.integers(0, 3)))
