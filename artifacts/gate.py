@@ -78,10 +78,10 @@ def tolerance(call: Call) -> float:
     return TOLERANCE[next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)]
 
 
-def arguments(call: Call, steps: Steps, device: torch.device, tokens: int, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """Random arguments of a step of about `tokens` tokens, and its sizes, those of the groups included."""
+def arguments(call: Call, steps: Steps, device: torch.device, tokens: int, seed: int, context: int = 80) -> tuple[dict[str, Any], dict[str, int]]:
+    """Random arguments of a step of about `tokens` tokens after up to `context` cached ones a sequence, and its sizes, those of the groups included."""
     sizes = step_sizes(steps, tokens)
-    inputs = random_inputs(call, steps, sizes, device, seed)
+    inputs = random_inputs(call, steps, sizes, device, seed, context)
     for name, arg in call.args.items():
         for d, n in zip(getattr(arg, "shape", ()), getattr(inputs[name], "shape", ()), strict=True):
             if isinstance(d, dict) and len(d) == 1 and not d.keys() & {"T", "S", "R"}:

@@ -23,10 +23,10 @@ from ingot.artifacts.plan import Kernel
 from ingot.artifacts.settings import settings
 from ingot.compiler.codegen.tvm import compile_sources
 from ingot.compiler.quantization import Request, choose_online
-from ingot.compiler.random_inputs import random_inputs
 from ingot.ops import formats, tvm
 from ingot.ops.dims import evaluate
 from ingot.ops.kernel import CLAIMS, Call, Operand, Source, Steps, Tensor
+from ingot.ops.random_inputs import random_inputs
 from ingot.ops.target import host
 from ingot.ops.tvm.vector import Vectors
 

@@ -22,9 +22,14 @@ def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
 
 
 def random_inputs(call: Call, steps: Steps, sizes: dict[str, int], device: torch.device | str, seed: int, context: int = 80) -> dict[str, Any]:
-    """Arguments by name. Sequences have up to `context` cached tokens, on shuffled pages; activations are N(0, 1), weights N(0, 1/K)."""
+    """Arguments by name. The first sequence has `context` cached tokens, others at most as many, on shuffled pages.
+
+    Activations are N(0, 1), weights N(0, 1/K).
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     batch = _batch(sizes, steps.page_size, context, generator)
+    if isinstance(call.args.get("indices"), Tensor):
+        batch["indices"] = _chosen(batch["positions"], int(batch["seq_lens"].max()), generator)
     groups = {n: batch["num_pages"] for n in _symbols(call) if n.startswith("N_")} | {n: batch["width"] for n in _symbols(call) if n.startswith("P_")}
     full = {**sizes, **groups}
     return {name: _value(name, arg, full, batch, call, device, generator) for name, arg in call.args.items()}
@@ -40,20 +45,25 @@ def _batch(sizes: dict[str, int], page_size: int, context: int, generator: torch
     cuts = torch.sort(torch.randperm(tokens - 1, generator=generator)[: seqs - 1] + 1).values if tokens > seqs else torch.arange(1, seqs)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), cuts, torch.tensor([tokens])])
     cached = torch.randint(0, context + 1, (seqs,), generator=generator)
+    cached[0] = context
     lens = starts.diff() + cached
     width = -(-int(lens.max()) // page_size) + 1
     pages = torch.randperm(seqs * width, generator=generator).view(seqs, width)
     positions = torch.cat([torch.arange(int(c), int(n)) for c, n in zip(cached, lens, strict=True)])
     seq = torch.repeat_interleave(torch.arange(seqs), starts.diff())
-    ends, farthest = positions + 1, int(lens.max())
-    ranks = torch.rand(tokens, farthest, generator=generator).masked_fill(torch.arange(farthest) >= ends[:, None], 2.0)
     slots = pages[seq, positions // page_size] * page_size + positions % page_size
     return {
         "cu_seqlens_q": starts, "seq_lens": lens, "page_table": pages, "slot_mapping": slots, "positions": positions,
         "state_slots": torch.randperm(seqs * width, generator=generator)[:seqs],
-        "indices": torch.where(ranks.sort(-1).values < 2.0, ranks.argsort(-1), -1),  # of the past, in any order, without duplicates
         "num_pages": seqs * width, "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
     }  # fmt: skip
+
+
+def _chosen(positions: torch.Tensor, farthest: int, generator: torch.Generator) -> torch.Tensor:
+    """Of each token the positions up to its own, in any order, and then −1: [T, farthest]."""
+    ranks = torch.rand(len(positions), farthest, generator=generator).masked_fill(torch.arange(farthest) > positions[:, None], 2.0)
+    ranks, order = ranks.sort(-1)
+    return torch.where(ranks < 2.0, order, -1)
 
 
 def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], call: Call, device: torch.device | str, generator: torch.Generator) -> Any:
