@@ -12,6 +12,7 @@ FAMILIES = (
     "glu",
     "kv_cache",
     "linear",
+    "moe",
     "norm",
     "packed_attention",
     "pooling",

@@ -6,6 +6,7 @@ multiprocessor enough loads in flight: narrow in N, deep in K, and split over K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -174,6 +175,18 @@ PREFETCH_BYTES = 16 << 10
 """Of the weight, that a program asks for ahead: more, on all programs that are there at once, and it would leave L2 before it is read."""
 
 
+def fitted(tiles: Sequence[Tile], dtype: torch.dtype, weights: int, width: int, depth: int, target: Target) -> list[Tile]:
+    """Those that, cut to a product's width and depth and with as many stages as there is room for, fit in shared memory."""
+    found = []
+    for t in tiles:
+        # two weights double the accumulator and the traffic of a tile: halve its width
+        t = replace(t, n=min(max(t.n // weights, 16), max(16, power_of_two(width))), k=min(t.k, max(16, power_of_two(depth))))
+        stages = min(t.stages, SHARED_MEMORY_BYTES[target.isa] // replace(t, stages=1).shared_bytes(dtype.itemsize, weights))
+        if stages >= 2:
+            found.append(replace(t, stages=stages))
+    return list(dict.fromkeys(found))
+
+
 def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> list[Tile]:
     """Tiles that fit in shared memory, best first."""
     x = call.args["x"]
@@ -181,15 +194,9 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     weights = 2 if "act" in call.args else 1
     if x.dtype == torch.float32:
         return list(EXACT[:1] if most_rows <= 16 else EXACT)
-    tiles = []
     # of deterministic steps one tile serves all: one that still streams the weight when rows are few
-    for t in FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 or steps.deterministic else MANY_ROWS:
-        # two weights double the accumulator and the traffic of a tile: halve its width
-        t = replace(t, n=min(max(t.n // weights, 16), max(16, power_of_two(width))), k=min(t.k, max(16, power_of_two(depth))))
-        stages = min(t.stages, SHARED_MEMORY_BYTES[target.isa] // replace(t, stages=1).shared_bytes(x.dtype.itemsize, weights))
-        if stages >= 2:
-            tiles.append(replace(t, stages=stages))
-    tiles = list(dict.fromkeys(tiles))
+    wanted = FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 or steps.deterministic else MANY_ROWS
+    tiles = fitted(wanted, x.dtype, weights, width, depth, target)
     if width >= WIDE:
         return tiles[::-1]
     if weights == 2 or most_rows > 64:

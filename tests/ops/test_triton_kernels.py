@@ -420,6 +420,48 @@ def quantized_linear_cases():
     return {f"{form}-{activation}-{t}-{'-'.join(extra)}": case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
 
 
+def grouped_linear_cases():
+    def case(rows, experts, n, k, transposed, bias, ids=None):
+        ids = torch.randint(-1, experts + 1, (rows,), generator=torch.Generator().manual_seed(rows)) if ids is None else torch.tensor(ids)
+        args = {"x": tensor(T, k), "weight": tensor(experts, k, n) if transposed else tensor(experts, n, k), "bias": tensor(experts, n) if bias else None,
+                "expert_ids": tensor(T, dtype=torch.int64), "transposed": transposed}  # fmt: skip
+        return Case(args, (tensor(T, n),), {"T": rows}, {"expert_ids": ids})
+
+    return {
+        "one": case(1, 3, 40, 330, False, True, [2]),
+        "nobody": case(1, 3, 24, 64, True, True, [3]),
+        "few": case(7, 5, 40, 130, False, False),
+        "few_transposed": case(5, 3, 72, 130, True, True),
+        "some": case(70, 9, 24, 96, True, True),
+        "one_expert": case(90, 4, 40, 70, False, True, [1] * 90),
+        "many": case(300, 2, 48, 64, False, True),
+    }
+
+
+def moe_cases():
+    """Ids outside the table, experts without tokens, and every activation, layout and bias."""
+
+    def case(rows, active, experts, inner, act, gated=True, transposed=False, interleaved=False, bias=False, ids=torch.int64, d=72):
+        generator = torch.Generator().manual_seed(rows)
+        chosen = torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active] - int(rows > 4)
+        shape = lambda x, n, k: tensor(x, k, n) if transposed else tensor(x, n, k)
+        wide = 2 * inner if gated else inner
+        args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=ids), "expert_weights": tensor(T, active, dtype=F32 if bias else None),
+                "w_in": shape(experts, wide, d), "b_in": tensor(experts, wide) if bias else None, "w_out": shape(experts, d, inner),
+                "b_out": tensor(experts, d) if bias else None, "act": act, "gated": gated, "transposed": transposed, "interleaved": interleaved}  # fmt: skip
+        return Case(args, (tensor(T, d),), {"T": rows}, {"expert_ids": chosen})
+
+    return {
+        "one": case(1, 2, 8, 40, "silu"),
+        "one_active": case(1, 1, 4, 24, "gelu", bias=True),
+        "four": case(4, 3, 5, 40, "gelu_tanh", transposed=True, interleaved=True, bias=True),
+        "few": case(9, 4, 6, 24, "silu", interleaved=True),
+        "top_1": case(40, 1, 3, 24, "relu", gated=False, bias=True, ids=I32),
+        "some": case(50, 4, 6, 40, "sigmoid", gated=False, transposed=True),
+        "many": case(150, 2, 3, 24, "silu", bias=True),
+    }
+
+
 CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
@@ -431,6 +473,8 @@ CASES = {
     "rms_norm_linear_glu": norm_linear_cases("rms_norm_linear_glu"),
     "qkv_attention": qkv_attention_cases(),
     "sample": sampling_cases(),
+    "grouped_linear": grouped_linear_cases(),
+    "moe": moe_cases(),
     "quantized_linear": quantized_linear_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
