@@ -6,6 +6,7 @@ can run a gate that was deferred.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,7 +84,7 @@ def describe(call: Call, steps: Steps, candidate: Candidate, kernels: Sequence[s
         arguments={n: Arg(value=n) if isinstance(a, Tensor) else _argument(n, a) for n, a in call.args.items()},
         tensors={n: TensorType(_name(t.dtype), t.shape) for n, t in named.items()},
         launches=tuple(
-            CheckedLaunch(x.source.backend, kernel, tuple(map(_arg, x.operands)), tuple(Grid(d, b) for d, b in x.grid))
+            CheckedLaunch(x.source.backend, kernel, tuple(_arg(o, call) for o in x.operands), tuple(Grid(d, b) for d, b in x.grid))
             for x, kernel in zip(candidate.launches, kernels, strict=True)
         ),
         reference=reference,
@@ -141,7 +142,9 @@ def _argument(name: str, given: Any) -> Arg:
     return arg
 
 
-def _arg(o: Operand) -> Arg:
+def _arg(o: Operand, call: Call) -> Arg:
+    if o.pitch is not None:  # the gate's arguments are contiguous
+        return Arg(dim=math.prod(call.args[o.pitch].shape[1:]))
     tensor = o.arg if o.arg is not None else f"out.{o.out}" if o.out is not None else f"scratch.{o.scratch}" if o.scratch is not None else None
     if tensor is not None:
         return Arg(value=tensor, view="" if o.view is None else _name(o.view))

@@ -101,6 +101,8 @@ def bind(
         tensor = inputs[o.arg] if o.arg is not None else outputs[o.out] if o.out is not None else scratch[o.scratch] if o.scratch is not None else None
         if tensor is not None:
             return tensor if o.view is None else tensor.view(o.view)
+        if o.pitch is not None:
+            return inputs[o.pitch].stride(0)
         return evaluate(o.size, sizes) if o.size is not None else o.const
 
     runs: list[Callable[[], object]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +55,18 @@ class _Planner:
         arguments = node.target.arguments if isinstance(node.target, Region) else spec.arguments
         given = {name: node.args[i] for i, name in enumerate(arguments) if i < len(node.args)} | dict(node.kwargs)
         contiguous: dict[str, str] = {}
+        apart = {o.arg for launch in candidate.launches for o in launch.operands if o.rows}
+
+        def tensor(arg: str) -> str:
+            held = self.outline.holds[given[arg]]
+            return held if arg in apart and _has_rows(self.values[held]) else self._contiguous(held, contiguous, f"{node.name}.{arg}")
 
         def operand(o: Operand) -> Arg:
             view = dtype_name(o.view) if o.view is not None else ""
+            if o.pitch is not None:
+                return Arg(dim=_pitch(self.values[tensor(o.pitch)]))
             if o.arg is not None:
-                return Arg(value=self._contiguous(given[o.arg], contiguous, f"{node.name}.{o.arg}"), view=view)
+                return Arg(value=tensor(o.arg), view=view)
             if o.out is not None:
                 return Arg(value=step.outputs[o.out], view=view)
             if o.scratch is not None:
@@ -71,14 +79,14 @@ class _Planner:
             written = (*step.outputs, *scratch)
             self.entries.append(Entry(node.name, target_name(node.target), launch.source.backend, args, written, kernel, grid, reason=choice.reason))
 
-    def _contiguous(self, node: fx.Node, done: dict[str, str], name: str) -> str:
-        held = self.outline.holds[node]
+    def _contiguous(self, held: str, done: dict[str, str], name: str) -> str:
         value = self.values[held]
-        if value.strides is None and (not value.root or _aligned(value)):
+        if value.strides is None and (not value.root or _aligned(value, 64)):
             return held
         if held not in done:
             done[held] = self._fresh(f"{name}.contiguous", value.dtype, value.shape)
-            self.entries.append(Entry(node.name, "aten.clone", "torch", (Arg(value=held),), (done[held],), reason="a kernel reads contiguous rows"))
+            entry = Entry(name.rpartition(".")[0], "aten.clone", "torch", (Arg(value=held),), (done[held],), reason="a kernel reads contiguous rows")
+            self.entries.append(entry)
         return done[held]
 
 
@@ -110,10 +118,23 @@ def reference_of(graph: Graph, region: Region) -> tuple[tuple[Entry, ...], tuple
     return entries, tuple(n.name for n in (returned if isinstance(returned, (tuple, list)) else (returned,)))  # type: ignore[union-attr]
 
 
-def _aligned(value: Value) -> bool:
+def _aligned(value: Value, nbytes: int) -> bool:
     itemsize = getattr(torch, value.dtype).itemsize
     terms = [value.offset] if isinstance(value.offset, int) else value.offset.values()
-    return all(t * itemsize % 64 == 0 for t in terms)
+    return all(t * itemsize % nbytes == 0 for t in terms)
+
+
+def _pitch(value: Value) -> Dim:
+    """Elements from one row to the next."""
+    return math.prod(value.shape[1:]) if value.strides is None else value.strides[0]  # type: ignore[arg-type]
+
+
+def _has_rows(value: Value) -> bool:
+    """Whether each row of a value is contiguous, as an operand with `rows` needs it."""
+    inner = value.shape[1:]
+    if any(isinstance(d, dict) for d in inner) or (value.root and not _aligned(value, 16)):
+        return False
+    return value.strides is None or value.strides[1:] == tuple(math.prod(inner[i + 1 :]) for i in range(len(inner)))  # type: ignore[arg-type]
 
 
 def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Choice], *, capture: tuple[int, ...] = ()) -> Variant:

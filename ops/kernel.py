@@ -4,7 +4,7 @@
     def rms_norm(call: Call, steps: Steps, target: Target) -> list[Candidate]: ...
 
 Every tensor that reaches a kernel is contiguous and 64-byte aligned (arena values and weights: 256); `page_table` rows
-are `P_<group>` apart. Outputs and scratch are allocated by the plan and hold garbage before the launch. A candidate must
+are `P_<group>` apart. The exception: an operand with `rows`. Outputs and scratch are allocated by the plan and hold garbage before the launch. A candidate must
 be right for every step within `steps`, padding rows included (seq_len 0, slot −1).
 """
 
@@ -86,7 +86,9 @@ class Source:
 class Operand:
     """One run-time argument of a launch: argument `arg` of the call, result `out` (an index), `scratch` (an index), a `size`, or a `const`.
 
-    `view` reinterprets a tensor's elements as another dtype of a size that divides its last dim (bfloat16 pairs as int32).
+    `view` reinterprets a tensor's elements as another dtype of a size that divides its last dim (bfloat16 pairs as int32). `rows` says that
+    the kernel takes an argument whose rows lie apart, such as some columns of a product: each is contiguous, the first one 16-byte aligned.
+    `pitch` is how far apart they are: the elements from one row of that argument to the next, a size.
     """
 
     arg: str | None = None
@@ -95,6 +97,8 @@ class Operand:
     size: Dim | None = None
     const: int | float | None = None
     view: torch.dtype | None = None
+    rows: bool = False
+    pitch: str | None = None
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if not arg.dtype.is_floating_point:
         value = _like(batch[name], shape) if name in batch else torch.randint(0, _bound(name, call, sizes), shape, generator=generator)
         return value.to(arg.dtype).to(device).contiguous()
-    if name in _RANGES:
-        low, high = _RANGES[name]
+    if name in RANGES:
+        low, high = RANGES[name]
         return (torch.rand(shape, generator=generator) * (high - low) + low).to(arg.dtype).to(device)
     if name in ("cos", "sin"):
         angle = torch.rand(shape, generator=generator) * 6.28
@@ -103,10 +103,11 @@ def _like(value: torch.Tensor, shape: list[int]) -> torch.Tensor:
     return cut
 
 
-_RANGES = {
+RANGES: dict[str, tuple[float, float]] = {
     "A": (-1.5, -0.1), "g": (-1.5, -0.05), "log_decay": (-1.5, -0.1), "decay": (0.05, 1.0), "beta": (0.0, 1.0), "wkv_state": (0.1, 1.0),
     "temperature": (0.3, 1.5), "top_p": (0.3, 1.0), "min_p": (0.0, 0.05),
 }  # fmt: skip
+"""Of arguments that are not N(0, 1)."""
 _BOUNDS = {"top_k": 64, "step": 1000, "seed": 1 << 31}
 
 

@@ -62,8 +62,10 @@ def ssd_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor
         for t in range(begin, end):
             h = decay[t, :, None, None] * h + (step[t, :, None] * x[t].float())[..., None] * b[t, :, None]
             out[t] = torch.einsum("hpn,hn->hp", h, c[t])
+        if D is not None:
+            out[begin:end] += D.float()[:, None] * x[begin:end].float()
         ssm_state[slot] = h.to(ssm_state.dtype)
-    return out if D is None else out + D.float()[:, None] * x.float()
+    return out
 
 
 @op("selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor ssm_state, Tensor cu_seqlens_q, "
@@ -81,7 +83,7 @@ def selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.
         for t in range(begin, end):
             h = torch.exp(step[t, :, None] * A.float()) * h + (step[t] * x[t].float())[:, None] * B[t].float()
             y[t] = h @ C[t].float()
+        if D is not None:
+            y[begin:end] += D.float() * x[begin:end].float()
         ssm_state[slot] = h.to(ssm_state.dtype)
-    if D is not None:
-        y = y + D.float() * x.float()
     return (y if z is None else y * F.silu(z.float())).to(x.dtype)

@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "norm", "pooling", "quantized_linear", "rotary")
+FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "linear_attention", "norm", "pooling", "quantized_linear",
+            "rotary", "state_space")  # fmt: skip
 
 
 def load() -> None:

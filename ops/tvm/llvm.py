@@ -270,6 +270,36 @@ def _define_elementary(define: Callable[[str, str, str, str], None], n: int) -> 
         %s = call {f} @sigmoid({f} %t)
         %y = call {f} @llvm.fma.v{n}f32({f} %s, {f} {constant(2.0)}, {f} {constant(-1.0)})
         ret {f} %y""")  # fmt: skip
+    # log(1 + e^x) = max(x, 0) + log(1 + u), u = e^−|x| ≤ 1. Cephes' logf of y = 1 + u, halved above √2, and what y lost of u: (u − (y − 1)) / y.
+    series = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1,
+              3.3333331174e-1)  # fmt: skip
+    terms = "\n".join(f"%p{k} = call {f} @llvm.fma.v{n}f32({f} {f'%p{k - 1}'}, {f} %z, {f} {constant(c)})" for k, c in enumerate(series) if k)
+    terms = terms.replace("%p0", constant(series[0]))
+    define(f, "softplus", f"{f} %x", f"""
+        %a = call {f} @llvm.fabs.v{n}f32({f} %x)
+        %m = fneg {f} %a
+        %u = call {f} @exp({f} %m)
+        %y = fadd {f} %u, {constant(1.0)}
+        %back = fsub {f} %y, {constant(1.0)}
+        %gone = fsub {f} %u, %back
+        %lost = fdiv {f} %gone, %y
+        %large = fcmp ogt {f} %y, {constant(2**0.5)}
+        %half = fmul {f} %y, {constant(0.5)}
+        %reduced = select <{n} x i1> %large, {f} %half, {f} %y
+        %z = fsub {f} %reduced, {constant(1.0)}
+        {indent(terms, ' ' * 8).strip()}
+        %square = fmul {f} %z, %z
+        %cube = fmul {f} %square, %z
+        %high = fmul {f} %cube, %p8
+        %low = call {f} @llvm.fma.v{n}f32({f} %square, {f} {constant(-0.5)}, {f} %high)
+        %ln = fadd {f} %low, %z
+        %whole = fadd {f} %ln, {constant(math.log(2))}
+        %log = select <{n} x i1> %large, {f} %whole, {f} %ln
+        %log1p = fadd {f} %log, %lost
+        %negative = fcmp olt {f} %x, zeroinitializer
+        %positive = select <{n} x i1> %negative, {f} zeroinitializer, {f} %x
+        %result = fadd {f} %positive, %log1p
+        ret {f} %result""")  # fmt: skip
     # Abramowitz & Stegun 7.1.26, to 1.5e-7.
     terms = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
     series = "\n".join(f"%p{k} = call {f} @llvm.fma.v{n}f32({f} {f'%p{k - 1}'}, {f} %t, {f} {constant(c)})" for k, c in enumerate(terms) if k)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from textwrap import indent
 
 import torch
@@ -107,14 +107,22 @@ class Vectors:
         lines = [f"for k in T.serial({whole // self.lanes}):", *(f"    {line}" for line in body(f"k * {self.lanes}", None))] if whole else []
         return indent("\n".join(lines + (body(str(whole), str(rest)) if rest else [])), "    " * depth)
 
-    def script(self, name: str, buffers: Sequence[Buffer], body: str, scalars: Sequence[tuple[str, str]] = ()) -> str:
-        """The text of a PrimFunc `name` over buffers, then scalars (name, dtype); `body` may use the names of sizes, int32."""
+    def script(self, name: str, buffers: Sequence[Buffer], body: str, scalars: Sequence[tuple[str, str]] = (), apart: Collection[str] = ()) -> str:
+        """The text of a PrimFunc `name` over buffers, then scalars (name, dtype); `body` may use the names of sizes, int32.
+
+        Buffers named in `apart` are those of operands with `rows`.
+        """
         sizes = dict.fromkeys(d for _, _, shape in buffers for d in shape if isinstance(d, str))
         lines = [f"{size} = T.int32()" for size in sizes]
         for buffer, dtype, shape in buffers:
             # The alignment of the element alone: a view may begin anywhere.
             held = "int8" if dtype == "float8_e4m3fn" else dtype
-            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{held}", align={BYTES[dtype]})')
+            strides = ""
+            if buffer in apart:  # all of them: those of a dim of size 1 can be any
+                names = [f"{buffer}_stride{i}" for i in range(len(shape))]
+                lines += [f"{n} = T.int32()" for n in names]
+                strides = f"strides=({', '.join(names)},), "
+            lines.append(f'{buffer} = T.match_buffer({buffer}_, ({"".join(f"{d}, " for d in shape)}), "{held}", {strides}align={BYTES[dtype]})')
         declared = "\n".join(lines)
         parameters = ", ".join([f"{b}_: T.handle" for b, _, _ in buffers] + [f"{s}: T.{t}" for s, t in scalars])
         body = "\n".join(line for line in body.splitlines() if line.strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from ingot.ops import OPS, formats, tvm
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Candidate, Operand, Steps, Tensor
+from ingot.ops.random_inputs import RANGES
 from ingot.ops.rotary import STYLES
 from ingot.ops.target import Target, host
 
@@ -28,7 +30,7 @@ TOLERANCE = {F32: 2e-5, BF16: 1e-2, F16: 2e-3}
 FEATURES = ("avx2+fma", "avx2+fma+avx512f+avx512bw+avx512vl", "avx2+fma+avx512f+avx512bw+avx512vl+avx512_vnni+avx512_bf16")
 TARGETS = {f.rpartition("+")[2]: t for f in FEATURES if (t := Target("cpu", f"x86-64:{f}", "")).features <= host().features}
 
-T, R, S, PAGES = {"T": 1}, {"R": 1}, {"S": 1}, {"N_full": 1}
+T, R, S, PAGES, SLOTS = {"T": 1}, {"R": 1}, {"S": 1}, {"N_full": 1}, {"N_slot": 1}
 PREFILL, DECODE = Steps(64, 8, 64, 64, False), Steps(8, 8, 1, 8, False)
 FEW, ONE = Steps(16, 16, 1, 16, False), Steps(1, 1, 1, 1, False)
 NEW_TOKENS = {64: [[1, 0, 5, 17, 2], [40]], 16: [[3, 4]], 8: [[1, 1, 1]], 1: [[1]]}
@@ -179,7 +181,40 @@ def _pools() -> None:
         case("pool", PREFILL, args, Tensor(F32, (S, width)))
 
 
-for define in (_linears, _quantized, _norms, _glus, _tables, _rotations, _writes, _attention, _pools):
+def _recurrences() -> None:
+    """Convolutions of two and more tokens; rows of a state that are not as many as lanes, groups of heads, decay by head and by channel."""
+    step: dict[str, Any] = {"cu_seqlens_q": Tensor(I32, ({"S": 1, "": 1},)), "seq_lens": Tensor(I32, (S,)), "state_slots": Tensor(I32, (S,))}
+    for steps, dtype, c, w, bias, act in ((PREFILL, F32, 75, 4, True, "silu"), (PREFILL, BF16, 16, 2, False, ""), (DECODE, F16, 40, 3, True, "")):
+        state = {"conv_state": Tensor(dtype, (SLOTS, c, w - 1))}
+        args = {"x": rows(dtype, c), "weight": weight(dtype, c, w), "bias": weight(dtype, c) if bias else None, **state, **step, "act": act}
+        case("causal_conv1d", steps, args, rows(dtype, c))
+    for steps, dtype, (h, g, p, n), extra, limits in (
+        (PREFILL, BF16, (4, 2, 32, 40), True, (0.0, math.inf)),
+        (PREFILL, F32, (3, 1, 7, 16), False, (0.1, 0.8)),
+        (DECODE, F16, (2, 2, 24, 128), True, (-math.inf, math.inf)),
+    ):
+        args = {"x": rows(dtype, h, p), "dt": rows(dtype, h), "A": weight(F32, h), "B": rows(dtype, g, n), "C": rows(dtype, g, n)}
+        args |= {"D": weight(dtype, h) if extra else None, "dt_bias": weight(F32, h) if extra else None}
+        args |= {"ssm_state": Tensor(F32, (SLOTS, h, p, n)), **step, "softplus": extra, "dt_min": limits[0], "dt_max": limits[1]}
+        case("ssd_scan", steps, args, rows(F32, h, p))
+    for steps, dtype, c, n, extra in ((PREFILL, F32, 48, 16, True), (PREFILL, BF16, 21, 5, True), (DECODE, BF16, 32, 16, False)):
+        args = {"x": rows(dtype, c), "dt": rows(dtype, c), "A": weight(F32, c, n), "B": rows(dtype, n), "C": rows(dtype, n)}
+        args |= {"D": weight(F32, c), "z": rows(dtype, c), "dt_bias": weight(F32, c)} if extra else dict.fromkeys(("D", "z", "dt_bias"))
+        case("selective_scan", steps, args | {"ssm_state": Tensor(F32, (SLOTS, c, n)), **step, "softplus": extra}, rows(dtype, c))
+    for steps, dtype, (k, h, e, f), channels, eps in (
+        (PREFILL, F32, (2, 4, 24, 64), False, 1e-6),
+        (PREFILL, BF16, (1, 3, 21, 21), True, 0.0),
+        (DECODE, BF16, (2, 2, 64, 32), True, 1e-6),
+    ):
+        args = {"q": rows(dtype, k, e), "k": rows(dtype, k, e), "v": rows(dtype, h, f), "g": rows(F32, h, *((e,) if channels else ())), "beta": rows(dtype, h)}
+        case("gated_delta_rule", steps, args | {"delta_state": Tensor(F32, (SLOTS, h, e, f)), **step, "eps": eps}, rows(dtype, h, f))
+    for steps, dtype, c in ((PREFILL, F32, 75), (DECODE, BF16, 32)):
+        case("linear_recurrence", steps, {"x": rows(dtype, c), "decay": rows(F32, c), "lru_state": Tensor(F32, (SLOTS, c)), **step}, rows(dtype, c))
+        args = {"k": rows(dtype, c), "v": rows(dtype, c), "log_decay": weight(dtype, c), "bonus": weight(dtype, c)}
+        case("wkv", steps, args | {"wkv_state": Tensor(F32, (SLOTS, 3, c)), **step}, rows(dtype, c))
+
+
+for define in (_linears, _quantized, _norms, _glus, _tables, _rotations, _writes, _attention, _pools, _recurrences):
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
@@ -219,8 +254,8 @@ def runs(steps: Steps, call: Call) -> Iterator[dict[str, Any]]:
 
 
 def _batch(new: list[int], page_size: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Step inputs on shuffled pages, 0 to 70 tokens cached."""
-    lens = [n + int(torch.randint(0, 70, ())) for n in new]
+    """Step inputs on shuffled pages, 0 to 70 tokens cached, of one or two sequences none."""
+    lens = [n if n and s in (1, 2) else n + int(torch.randint(0, 70, ())) for s, n in enumerate(new)]
     extra = 0
     if len(new) > 1:
         lens[-1], extra = 0, 3
@@ -232,8 +267,10 @@ def _batch(new: list[int], page_size: int) -> tuple[dict[str, torch.Tensor], dic
         if length:
             positions = torch.arange(length - n, length)
             slots[starts[s] : starts[s + 1]] = pages[s, positions // page_size] * page_size + positions % page_size
+    state_slots = torch.where(torch.tensor(lens) > 0, torch.randperm(len(new) + 2)[: len(new)], -1)
     batch = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lens), "page_table": pages, "slot_mapping": slots, "pooling": torch.arange(len(new)) % 3}
-    sizes = {"T": len(slots), "S": len(new), "P_full": width, "N_full": len(new) * width + 2}
+    batch["state_slots"] = state_slots
+    sizes = {"T": len(slots), "S": len(new), "P_full": width, "N_full": len(new) * width + 2, "N_slot": len(new) + 2}
     return {n: v.int() for n, v in batch.items()}, sizes
 
 
@@ -248,6 +285,9 @@ def _random(name: str, arg: Any, call: Call, sizes: dict[str, int]) -> Any:
         return torch.randint(-127, 128, shape, dtype=arg.dtype)
     if name.endswith(("_scale", "_static")):
         return (torch.rand(shape) + 0.5) / 64
+    if name in RANGES:
+        low, high = RANGES[name]
+        return (torch.rand(shape) * (high - low) + low).to(arg.dtype)
     if not arg.dtype.is_floating_point:
         below = {"positions": 9000, "rows": sizes["T"], "ids": 99}[name]
         return torch.randint(0, below, shape, dtype=arg.dtype)
@@ -283,6 +323,9 @@ def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels
 
         def operand(o: Operand, values: dict[str, Any] = values, outputs: list[torch.Tensor] = outputs, scratch: list[torch.Tensor] = scratch) -> torch.Tensor:
             tensor = values[o.arg] if o.arg is not None else outputs[o.out] if o.out is not None else scratch[o.scratch or 0]
+            if o.rows:  # columns of something wider
+                wide = torch.full((len(tensor), 8 + tensor[0].numel()), float("nan"), dtype=tensor.dtype)
+                tensor = wide[:, 5 : 5 + tensor[0].numel()].copy_(tensor.flatten(1)).unflatten(1, tensor.shape[1:])
             return tensor if o.view is None else tensor.view(o.view)
 
         for launch in candidate.launches:
