@@ -28,7 +28,7 @@ from ingot.ops.dims import evaluate
 from ingot.ops.dummy import generate
 from ingot.ops.kernel import Call, Steps, Tensor, claimants
 from ingot.ops.quantize import LARGEST
-from ingot.ops.target import gpu
+from ingot.ops.target import Target, gpu
 
 MODEL = MODELS["llama-3.1-8b"]
 WEIGHTS = {
@@ -41,10 +41,11 @@ ROWS = (1, 4, 16, 64, 256, 2048)
 def linear(kind: str, name: str, rows: int, k: int, n: int, act: str | None, residual: bool) -> tuple[str, Call, Steps, dict[str, Any], dict[str, int]]:
     form, activation = WEIGHTS[kind]
     plain = formats.get(form).quantize(torch.empty(n, k, dtype=BF16, device="meta"))
-    parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, "rows", 2 if act else 1).items()}
+    layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
+    parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, layout, 2 if act else 1).items()}
     out = Tensor(BF16, (T, n // 2 if act else n))
     args = {"x": Tensor(BF16, (T, k)), "weight": parts["weight"], "scale": parts["scale"], "zero": parts.get("zero"), "input_scale": None, "bias": None,
-            "residual": out if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n,
+            "residual": out if residual else None, "act": act, "format": form, "layout": layout, "activation": activation, "n": n,
             "norm_weight": None, "eps": None, "offset": 0.0}  # fmt: skip
     steps = Steps(rows, rows, 1, rows, True) if rows <= 256 else Steps(rows, 64, rows, 64, False)
     return f"{kind} {name} {rows}", Call("quantized_linear", args, (out,)), steps, {}, {"T": rows}

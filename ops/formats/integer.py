@@ -24,8 +24,11 @@ class Integer(Format):
     Layout "tile16" (CPU, dot products of four bytes): tiles of 16 rows, N and K padded. 8 bits: weight uint8 [N/16, K/4, 16, 4]. 4 bits:
     uint8 [N/16, K/8, 16, 4], whose low nibbles are columns 8c … 8c+3 and high ones 8c+4 … 8c+7. scale, zero [N/16, G, 16].
 
-    Layout "rows" (GPU): 8 bits: weight int8 [N, K], code − 128. 4 bits: int32 [N, 16 ⌈K/128⌉]: nibble q of word 16 c + i is column
-    128 c + 16 q + i, so that 16 columns come from one place of 16 words. scale, zero [N, G].
+    Layout "rows" (GPU, 8 bits): weight int8 [N, K], code − 128. scale, zero [N, G].
+
+    Layout "fragments" (GPU, 4 bits): weight int32 [N, 16 ⌈K/128⌉]. Bits 4 q + 16 h … of word 16 c + 4 t + j (q, t, j < 4, h < 2) are column
+    128 c + 32 j + 8 q + 2 t + h: what thread t of four holds of a row when the matrix units take it from registers (PTX ISA, "Matrix fragments for
+    mma.m16n8k16"), a pair of neighbours in the two halves of a word, so that a mask and an exponent make two floats of it. scale, zero [N, G].
     """
 
     def __init__(self, bits: int, group: int, zero: bool) -> None:
@@ -64,17 +67,19 @@ class Integer(Format):
         return "none" if target.kind == "cuda" else f"int8_group{128 if self.group < 0 else self.group}"
 
     def layout(self, target: Target) -> str:
-        return "rows" if target.kind == "cuda" else "tile16"
+        if target.kind == "cuda":
+            return "rows" if self.bits == 8 else "fragments"
+        return "tile16"
 
     def pack(self, parts: Parts, layout: str) -> Parts:
         codes = parts["weight"]
         scales = {name: parts[name] for name in self.parts[1:]}
         if layout == "rows":
-            if self.bits == 8:
-                return {"weight": (codes ^ 128).view(torch.int8), **scales}
-            nibbles = F.pad(codes, (0, -codes.shape[1] % 128)).unflatten(1, (-1, 8, 16)).to(torch.int32)
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)[:, None]
-            return {"weight": (nibbles << shifts).sum(2, dtype=torch.int32).flatten(1), **scales}
+            return {"weight": (codes ^ 128).view(torch.int8), **scales}
+        if layout == "fragments":
+            nibbles = F.pad(codes, (0, -codes.shape[1] % 128)).unflatten(1, (-1, 4, 4, 4, 2)).to(torch.int32)  # c, j, q, t, h
+            words = (nibbles << _shifts(codes.device)).sum((3, 5), dtype=torch.int32)  # c, j, t
+            return {"weight": words.transpose(2, 3).flatten(1), **scales}
         n, k = codes.shape
         per_byte = 8 // self.bits
         codes = F.pad(codes, (0, -k % (4 * per_byte), 0, -n % TILE)).reshape(-1, TILE, -(-k // (4 * per_byte)), per_byte, 4).permute(0, 2, 1, 3, 4)
@@ -88,10 +93,10 @@ class Integer(Format):
         weight = parts["weight"]
         scales = {name: parts[name] for name in self.parts[1:]}
         if layout == "rows":
-            if self.bits == 8:
-                return {"weight": weight.view(torch.uint8) ^ 128, **scales}
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)[:, None]
-            return {"weight": ((weight.unflatten(1, (-1, 1, 16)) >> shifts) & 15).to(torch.uint8).flatten(1)[:, :k], **scales}
+            return {"weight": weight.view(torch.uint8) ^ 128, **scales}
+        if layout == "fragments":
+            words = weight.unflatten(1, (-1, 4, 4)).transpose(2, 3)[:, :, :, None, :, None]
+            return {"weight": ((words >> _shifts(weight.device)) & 15).to(torch.uint8).flatten(1)[:, :k], **scales}
         codes = torch.stack([weight & 15, weight >> 4], 3) if self.bits == 4 else weight.unsqueeze(3)
         codes = codes.permute(0, 2, 1, 3, 4).reshape(weight.shape[0] * TILE, -1)[:n, :k]
         return {"weight": codes, **{name: s.transpose(1, 2).reshape(-1, s.shape[1])[:n] for name, s in scales.items()}}
@@ -101,6 +106,11 @@ class Integer(Format):
             return float(self.middle), self.middle / 4
         scale = k**-0.5 / (self.top / 12**0.5)
         return scale, scale / 8
+
+
+def _shifts(device: torch.device) -> torch.Tensor:
+    """Where nibbles lie in a word of layout "fragments": [q, t, h]."""
+    return torch.tensor([[[4 * q, 4 * q + 16]] for q in range(4)], dtype=torch.int32, device=device)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

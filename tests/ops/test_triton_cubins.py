@@ -19,9 +19,10 @@ T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}
 def quantized(form, activation, rows, n, k, act=None):
     """A product of x [rows, k] with a weight in a format."""
     plain = formats.get(form).quantize(torch.empty(n, k, dtype=BF16, device="meta"))
-    parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, "rows", 2 if act else 1).items()}
+    layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
+    parts = {p: Tensor(t.dtype, tuple(t.shape)) for p, t in formats.packed(plain, form, layout, 2 if act else 1).items()}
     args = {"x": Tensor(BF16, (rows, k)), "weight": parts["weight"], "scale": parts["scale"], "zero": parts.get("zero"), "input_scale": None, "bias": None,
-            "residual": None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n, "norm_weight": None, "eps": None,
+            "residual": None, "act": act, "format": form, "layout": layout, "activation": activation, "n": n, "norm_weight": None, "eps": None,
             "offset": 0.0}  # fmt: skip
     return Call("quantized_linear", args, (Tensor(BF16, (rows, n // 2 if act else n)),))
 

@@ -374,12 +374,13 @@ def quantized_linear_cases():
     def case(form, activation, rows, n, k, act=None, bias=False, residual=False, norm=None):
         generator = torch.Generator().manual_seed(5)
         weight = torch.randn(n, k, generator=generator).bfloat16() * k**-0.5
-        parts = {"zero": None, **formats.packed(formats.get(form).quantize(weight), form, "rows", 2 if act else 1)}
+        layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
+        parts = {"zero": None, **formats.packed(formats.get(form).quantize(weight), form, layout, 2 if act else 1)}
         typed = {p: t if t is None else tensor(*t.shape, dtype=t.dtype) for p, t in parts.items()}
         static = {"input_scale": tensor(1, dtype=F32)} if activation.endswith("static") else {"input_scale": None}
         width = n // 2 if act else n
         args = {"x": tensor(T, k), **{p: typed[p] for p in ("weight", "scale", "zero")}, **static, "bias": tensor(n) if bias else None,
-                "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": "rows", "activation": activation, "n": n,
+                "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": layout, "activation": activation, "n": n,
                 "norm_weight": tensor(k) if norm else None, "eps": 1e-5 if norm is not None else None, "offset": 1.0 if norm else 0.0}  # fmt: skip
         values = {p: t for p, t in parts.items() if t is not None} | ({"input_scale": torch.tensor([0.01])} if activation.endswith("static") else {})
         return Case(args, (tensor(T, width),), {"T": rows}, values)

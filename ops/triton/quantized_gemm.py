@@ -1,0 +1,114 @@
+"""What the GEMMs with quantized weights share. Their tiles are weight · xᵀ: the weight is the matrix units' left side, which may come from registers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import JITFunction
+
+from ..dims import product as product_of
+from ..kernel import Candidate, Launch, Operand, Tensor
+from ..target import SHARED_MEMORY_BYTES
+from .activations import activate, tanh
+from .linear import PREFETCH_BYTES, PROGRAMS, sum_splits_kernel
+from .prefetch import prefetch_rows
+from .quantized_product import CHUNK, Product
+from .source import launch, power_of_two
+
+MAX_STAGES = 8
+
+
+@triton.jit
+def tile_at(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHT: tl.constexpr):
+    """(first row of the weight, first row of x) of this program's tile. Programs that run together share weights and rows of x in L2: tiles
+    are walked in groups of HEIGHT row tiles."""
+    tiles_m = tl.num_programs(0)
+    tiles_n = tl.num_programs(1)
+    tile = tl.program_id(0) + tl.program_id(1) * tiles_m
+    first = tile // (HEIGHT * tiles_n) * HEIGHT
+    height = tl.minimum(tiles_m - first, HEIGHT)
+    return tile % (HEIGHT * tiles_n) // height * BLOCK_N, (first + tile % (HEIGHT * tiles_n) % height) * BLOCK_M
+
+
+@triton.jit
+def store_tile(h, u, bias, residual, out, n, m, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr):
+    """h [n, m], gated with u if there is ACT, with what is added → out [num_rows, N], or a split's part of it."""
+    if ACT is not None:
+        h = activate(h, ACT) * u
+    if bias is not None:
+        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    mask = (m < num_rows)[None, :] & (n < N)[:, None]
+    if residual is not None:
+        h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if SPLIT > 1:
+        out += tl.program_id(2) * num_rows.to(tl.int64) * N
+    tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of the weight, rows of x, columns; warps, pipeline stages, splits of K."""
+
+    n: int
+    m: int
+    k: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        return f"n{self.n}_m{self.m}_k{self.k}_w{self.warps}_s{self.stages}" + (f"_split{self.split}" if self.split > 1 else "")
+
+
+def tiles(product: Product, wanted: Sequence[Tile]) -> list[Tile]:
+    """Those of `wanted` that fit in shared memory, as the product's groups and sizes let them be, best first."""
+    pieces, bits = 2 if product.act else 1, product.weights.bits
+    group = product.x_group or product.weights.group
+    x_bytes = 1 if product.codes is not None else product.x.dtype.itemsize
+    found = []
+    for t in wanted:
+        depth = CHUNK if bits == 4 else group or max(32, min(t.k, power_of_two(product.k)))
+        n = min(max(t.n // pieces, 64) if t.m >= 128 else t.n, max(32, power_of_two(product.width)))
+        stage = depth * (pieces * n * bits // 8 + t.m * x_bytes)
+        stages = min(t.stages * max(1, t.k // depth), SHARED_MEMORY_BYTES[product.target.isa] // stage, MAX_STAGES)
+        if stages >= 2:
+            found.append(replace(t, n=n, k=depth, stages=stages))
+    found = list(dict.fromkeys(found))
+    if pieces == 2 or product.rows > 64:
+        return found
+    apart = []
+    for t in found[:2]:
+        programs = -(-product.rows // t.m) * -(-product.width // t.n)
+        split = max((s for s in (2, 4, 8) if programs * s <= 3 * PROGRAMS and product.k >= 2 * s * t.k), default=1)
+        apart += [replace(t, split=split)] if split > 1 else []
+    return apart + found if -(-product.width // found[0].n) <= PROGRAMS else found + apart
+
+
+def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[str, Operand], constants: Mapping[str, Any], t: Tile,
+         before: tuple[Launch, ...] = (), scratch: tuple[Tensor, ...] = ()) -> Candidate:  # fmt: skip
+    """The candidate of a tile: the launches `before`, which leave `scratch`, a launch of the first of `functions`, and the sum of splits if there are any."""
+    tokens, width = product.tokens, product.width
+    split_bytes = product.k // t.split * product.weights.bits // 8
+    blocks = {"BLOCK_N": t.n, "BLOCK_M": t.m, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split, "THREADS": 32 * t.warps,
+              "PREFETCH": min(split_bytes, PREFETCH_BYTES // t.n) if product.k % (CHUNK * t.split) == 0 and t.m <= 64 else 0, **constants}  # fmt: skip
+    addends = {n: Operand(arg=n) for n in ("bias", "residual")}
+    num_rows = {"num_rows": Operand(size=tokens)}
+    functions = [*functions, tile_at, store_tile, prefetch_rows, activate, tanh]
+    grid = ((tokens, t.m), (width, t.n))
+    if t.split == 1:
+        one = launch(product.call, functions, {**operands, **addends, "out": Operand(out=0), **num_rows}, blocks, grid, scratch=scratch,
+                     num_warps=t.warps, num_stages=t.stages)  # fmt: skip
+        return Candidate(f"gemm_{t}", (*before, one), scratch)
+    partial = Operand(scratch=len(scratch))
+    scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split), width)))
+    parts = launch(product.call, functions, {**operands, "out": partial, **num_rows}, blocks | {"bias": None, "residual": None}, (*grid, (t.split, 1)),
+                   scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
+    total = launch(product.call, [sum_splits_kernel], {"partial": partial} | addends | {"out": Operand(out=0)} | num_rows,
+                   {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((tokens, 1), (width, 256)), scratch=scratch)  # fmt: skip
+    return Candidate(f"gemm_{t}", (*before, parts, total), scratch)

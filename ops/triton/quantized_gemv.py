@@ -1,0 +1,228 @@
+"""A product of one row with quantized weights: every program normalizes and rounds the row for itself, in the shadow of its weights.
+
+A norm's factor multiplies the result, or the scale of codes. 4-bit codes are put into the mantissa of 16, and 16 and the zero point are taken from
+the sum of a group: 16 Σ x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..kernel import Candidate, Operand
+from ..quantize import LARGEST
+from .activations import activate, tanh
+from .prefetch import prefetch_rows
+from .quantize import row_scale, to_eight_bits
+from .quantized_product import CHUNK, KINDS, Product
+from .source import launch, power_of_two
+
+SIXTEEN = 0x41800000
+"""The bits of 16 in float32. Kernels get them at run time: see `dequantize.MAGIC`."""
+TILES = ((8, 4096, 8), (16, 4096, 8), (8, 2048, 4), (4, 4096, 8))
+"""Rows of the weight, columns, warps: best first. More rows share what it costs to make the row of x ready, fewer make more programs."""
+
+
+@triton.jit
+def nibble(words, sixteen, Q: tl.constexpr):
+    """16 + nibble Q of each word, in float32: the nibble becomes the first bits of the mantissa of SIXTEEN, whose bits are `sixteen`."""
+    placed = words << (19 - 4 * Q) if Q < 5 else words >> (4 * Q - 19)
+    return ((placed & 0x00780000) | sixteen).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_row(h, by, ROUND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr):
+    """A row [1, N] as eight bits say it: in units of `by` [1, 1], or, with groups of their own scales, dequantized."""
+    dtype: tl.constexpr = tl.int8 if ROUND == "int8" else tl.float8e4nv
+    if GROUP > 0:
+        groups = tl.reshape(h, [h.shape[1] // GROUP, GROUP])
+        each = row_scale(groups, LARGEST)
+        return tl.reshape(to_eight_bits(groups, each, dtype, LARGEST).to(tl.float32) * each, h.shape)
+    else:
+        return to_eight_bits(h, by, dtype, LARGEST).to(tl.float32)
+
+
+@triton.jit
+def columns_of(x, norm_weight, k, K: tl.constexpr, OFFSET: tl.constexpr):
+    """Columns k of the row x, times the norm's weight if there is one."""
+    h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if norm_weight is not None:
+        h *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
+    return h
+
+
+@triton.jit
+def codes_of(row, begin, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns `begin` … of the weight's rows at pointers row [N, 1], packed."""
+    j = begin // (8 if BITS == 4 else 1) + tl.arange(0, BLOCK_K // (8 if BITS == 4 else 1))[None, :]
+    return tl.load(row + j, mask=j < WORDS, other=0.0)
+
+
+@triton.jit
+def product_of_words(words, sixteen, scale_row, zero_row, x, norm_weight, begin, K: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
+                     MIDDLE: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Products [N, …] of words [N, 16 · CHUNKS] (layout "fragments" of `formats.integer`) with x, to be added up.
+
+    Of the words of a thread, those that share a scale are added before it multiplies them.
+    """
+    N: tl.constexpr = words.shape[0]
+    CHUNKS: tl.constexpr = words.shape[1] // 16
+    RUNS: tl.constexpr = max(128 // GROUP, 1) if GROUP > 0 else 1
+    h = columns_of(x, norm_weight, begin + tl.arange(0, CHUNKS * 128)[None, :], K, OFFSET)
+    # chunk, j, bits of q, t, h → a word's columns behind its place: h, bits of q
+    h = tl.permute(tl.reshape(h, [CHUNKS, 4, 2, 2, 4, 2]), (0, 4, 1, 5, 2, 3))
+    low, high = tl.split(tl.permute(tl.reshape(h, [1, CHUNKS * 16, 2, 4]), (0, 1, 3, 2)))
+    part = tl.zeros(words.shape, tl.float32)
+    total = tl.zeros([1, CHUNKS * 16], tl.float32)
+    for half in tl.static_range(2):
+        even, odd = tl.split(tl.reshape(low if half == 0 else high, [1, CHUNKS * 16, 2, 2]))
+        h0, h2 = tl.split(even)
+        h1, h3 = tl.split(odd)
+        total += (h0 + h1) + (h2 + h3)
+        part += nibble(words, sixteen, half * 4) * h0
+        part += nibble(words, sixteen, half * 4 + 1) * h1
+        part += nibble(words, sixteen, half * 4 + 2) * h2
+        part += nibble(words, sixteen, half * 4 + 3) * h3
+    part = tl.sum(tl.reshape(part, [N, CHUNKS, 4, RUNS, 4 // RUNS]), 4)
+    total = tl.sum(tl.reshape(total, [1, CHUNKS, 4, RUNS, 4 // RUNS]), 4)
+    if GROUP > 0:
+        columns = begin + tl.arange(0, CHUNKS)[:, None] * 128 + tl.arange(0, RUNS)[None, :] * (128 // RUNS)
+        run = tl.reshape(tl.minimum(columns // GROUP, SCALES - 1), [1, CHUNKS, 1, RUNS])
+    else:
+        run = tl.zeros([1, 1, 1, 1], tl.int32)
+    away = 16.0 + MIDDLE
+    if zero_row is not None:
+        away = 16.0 + tl.load(tl.reshape(zero_row, [N, 1, 1, 1]) + run).to(tl.float32)
+    part -= away * total
+    if GROUP > 0:
+        part *= tl.load(tl.reshape(scale_row, [N, 1, 1, 1]) + run).to(tl.float32)
+    return tl.reshape(part, [N, CHUNKS * 4 * RUNS])
+
+
+@triton.jit
+def product_of_bytes(codes, scale_row, zero_row, x, norm_weight, begin, by, K: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr, ROUND: tl.constexpr,
+                     X_GROUP: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Products [N, BLOCK_K] of codes of eight bits with x, to be added up."""
+    k = begin + tl.arange(0, codes.shape[1])[None, :]
+    w = codes.to(tl.float32)
+    h = columns_of(x, norm_weight, k, K, OFFSET)
+    if ROUND is not None:
+        h = rounded_row(h, by, ROUND, X_GROUP, LARGEST)
+    run = k // GROUP if GROUP > 0 else 0
+    if zero_row is not None:
+        w += MIDDLE - tl.load(zero_row + run, mask=k < K, other=0.0).to(tl.float32)
+    if GROUP > 0:
+        w *= tl.load(scale_row + run, mask=k < K, other=0.0).to(tl.float32)
+    return w * h
+
+
+@triton.jit
+def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias, residual, out, sixteen, N: tl.constexpr, K: tl.constexpr,
+                          WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr,
+                          ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
+                          PDL: tl.constexpr):  # fmt: skip
+    """A row of the weight has WORDS elements of memory and SCALES scales; SCALE_ROWS rows share them. PREFETCH: bytes of it behind its first block."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(n, N - 1).to(tl.int64)
+    row = (weight + inside * WORDS)[:, None]
+    # the first block of the weight is on its way before x is there
+    w = codes_of(row, 0, WORDS, BITS, BLOCK_K)
+    v = w
+    if ACT is not None:
+        v = codes_of(row + N * WORDS, 0, WORDS, BITS, BLOCK_K)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            rest = weight + inside * WORDS + BLOCK_K // (8 if BITS == 4 else 1)
+            prefetch_rows(rest, BLOCK_N, PREFETCH, THREADS)
+            if ACT is not None:
+                prefetch_rows(rest + N * WORDS, BLOCK_N, PREFETCH, THREADS)
+        tl.extra.cuda.gdc_wait()
+    by = tl.zeros([1, 1], tl.float32)
+    factor = tl.full([1, 1], 1.0, tl.float32)
+    biggest = tl.zeros([1, BLOCK_K], tl.float32)
+    squares = tl.zeros([1, BLOCK_K], tl.float32)
+    if EPS is not None or (ROUND is not None and X_GROUP == 0 and input_scale is None):
+        for begin in tl.static_range(0, K, BLOCK_K):
+            k = begin + tl.arange(0, BLOCK_K)[None, :]
+            if EPS is not None:
+                h = columns_of(x, None, k, K, OFFSET)
+                squares += h * h
+            if ROUND is not None:
+                biggest = tl.maximum(biggest, tl.abs(columns_of(x, norm_weight, k, K, OFFSET)))
+    if EPS is not None:
+        factor = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
+    if ROUND is not None:
+        if X_GROUP == 0 and input_scale is None:
+            by = row_scale(biggest, LARGEST)  # of x before it is normalized, as are the codes
+        elif input_scale is not None:
+            by = tl.load(input_scale) / factor
+    scale_row = scale + (inside // SCALE_ROWS * SCALES)[:, None]
+    up_scale = scale + ((inside + N) // SCALE_ROWS * SCALES)[:, None]
+    zero_row = None
+    up_zero = None
+    if zero is not None:
+        zero_row = zero + (inside * SCALES)[:, None]
+        up_zero = zero_row + N * SCALES
+    for begin in tl.static_range(0, K, BLOCK_K):
+        if begin > 0:
+            w = codes_of(row, begin, WORDS, BITS, BLOCK_K)
+            if ACT is not None:
+                v = codes_of(row + N * WORDS, begin, WORDS, BITS, BLOCK_K)
+        if BITS == 4:
+            part = product_of_words(w, sixteen, scale_row, zero_row, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET)
+            if ACT is not None:
+                up = product_of_words(v, sixteen, up_scale, up_zero, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET)
+        else:
+            part = product_of_bytes(w, scale_row, zero_row, x, norm_weight, begin, by, K, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+            if ACT is not None:
+                up = product_of_bytes(v, up_scale, up_zero, x, norm_weight, begin, by, K, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+        if begin == 0:
+            acc = part
+        else:
+            acc += part
+        if ACT is not None:
+            if begin == 0:
+                up_acc = up
+            else:
+                up_acc += up
+    h = tl.sum(acc, 1)
+    if ACT is not None:
+        u = tl.sum(up_acc, 1)
+    if GROUP == 0:
+        h *= tl.load(scale + inside).to(tl.float32)
+        if ACT is not None:
+            u *= tl.load(scale + N + inside).to(tl.float32)
+    if ROUND is not None and X_GROUP == 0:
+        factor *= by
+    h *= tl.sum(factor)
+    if ACT is not None:
+        h = activate(h, ACT) * (u * tl.sum(factor))
+    if bias is not None:
+        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + n, h.to(out.dtype.element_ty), mask=n < N)
+
+
+def gemvs(product: Product) -> list[Candidate]:
+    call, weights, k, row_bytes = product.call, product.weights, product.k, product.weights.words(product.k) * (4 if product.weights.bits == 4 else 1)
+    operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale", "weight", "scale", "zero", "bias", "residual")} | {"out": Operand(out=0)}
+    functions = [quantized_gemv_kernel, product_of_words, product_of_bytes, codes_of, columns_of, rounded_row, nibble, row_scale, to_eight_bits,
+                 prefetch_rows, activate, tanh]  # fmt: skip
+    sixteen = {"sixteen": Operand(const=SIXTEEN)} if weights.bits == 4 else {}
+    absent = {} if sixteen else {"sixteen": None}
+    found = []
+    for rank, (block_n, block_k, warps) in enumerate(TILES):
+        block_n = block_n // 2 if product.act else block_n
+        block_k = max(CHUNK, min(block_k, power_of_two(k)))
+        rest = max(row_bytes - block_k * weights.bits // 8, 0)
+        blocks = product.constants() | {
+            "EPS": call.args["eps"], "OFFSET": call.args["offset"], "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "ROUND": KINDS.get(product.codes), "LARGEST": LARGEST.get(product.codes), "THREADS": 32 * warps,
+            "PREFETCH": min(rest, 4096) if rest % 16 == 0 and row_bytes % 16 == 0 else 0,
+        }  # fmt: skip
+        one = launch(call, functions, operands | sixteen, absent | blocks, ((product.width, block_n),), num_warps=warps)
+        found.append(Candidate(f"gemv_n{block_n}_k{block_k}_w{warps}", (one,), rank=rank / 10))
+    return list({c.name: c for c in found}.values())

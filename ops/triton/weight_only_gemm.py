@@ -1,0 +1,123 @@
+"""A GEMM with quantized weights and 16-bit activations: weights are widened in registers and multiplied from there.
+
+Groups' scales multiply the sum of a group's products where x has few rows, else the weights: what costs less.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..kernel import Candidate, Operand
+from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes, widen_nibbles
+from .prefetch import prefetch_rows
+from .quantized_gemm import Tile, gemm, store_tile, tile_at, tiles
+from .quantized_product import Product
+
+# best first
+FEW_ROWS = (Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(128, 16, 128, 8, 6))
+SOME_ROWS = (Tile(128, 64, 128, 4, 4), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5))
+MANY_ROWS = (Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
+
+
+@triton.jit
+def widen_tile(row, zero, scale, magic, begin, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_K: tl.constexpr,
+               EVEN: tl.constexpr, WARPS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """Columns `begin` … of the weight's rows at pointers row [N], in `dtype`."""
+    PER_WORD: tl.constexpr = 8 if BITS == 4 else 1
+    j = begin // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
+    if EVEN:
+        codes = tl.load(row[:, None] + j[None, :])
+    else:
+        codes = tl.load(row[:, None] + j[None, :], mask=(j < WORDS)[None, :], other=0.0)
+    if BITS == 4:
+        return widen_nibbles(codes, zero, scale, magic, dtype, MIDDLE, WARPS)
+    else:
+        return widen_bytes(codes, zero, scale, dtype, MIDDLE)
+
+
+@triton.jit
+def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
+                            BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr,
+                            BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, SPLIT: tl.constexpr,
+                            ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Scales and zeros of a group are asked for while the group before is multiplied."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    WARPS: tl.constexpr = THREADS // 32
+    EVEN: tl.constexpr = K % (SPLIT * BLOCK_K) == 0
+    EACH: tl.constexpr = GROUP if GROUP > 0 else 128
+    RUNS: tl.constexpr = max(BLOCK_K // EACH, 1) if GROUP > 0 else 1
+    FOLD: tl.constexpr = GROUP > 0 and (RUNS > 1 or BLOCK_M >= 64)
+    first_n, first_m = tile_at(BLOCK_N, BLOCK_M, HEIGHT)
+    n = first_n + tl.arange(0, BLOCK_N)
+    m = first_m + tl.arange(0, BLOCK_M)
+    held = tl.minimum(first_n + (register_rows(BLOCK_N, WARPS) if BITS == 4 else tl.arange(0, BLOCK_N)), N - 1).to(tl.int64)
+    depth: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+    start = tl.program_id(2) * depth
+    row = weight + held * WORDS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            prefetch_rows(row + start * WORDS // K, BLOCK_N, PREFETCH, THREADS)
+            if ACT is not None:
+                prefetch_rows(row + N * WORDS, BLOCK_N, PREFETCH, THREADS)
+    k = tl.arange(0, BLOCK_K)
+    x_row = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * K + k[:, None]
+    valid = (m < num_rows)[None, :]
+    scaled = held if FOLD else tl.minimum(n, N - 1).to(tl.int64)
+    scale_row = scale + scaled // SCALE_ROWS * SCALES
+    up_scale_row = scale + (scaled + N) // SCALE_ROWS * SCALES
+    s = None
+    t = None
+    z = None
+    y = None
+    if GROUP > 0:
+        s = runs_of(scale_row, start, EACH, SCALES, RUNS)
+        if ACT is not None:
+            t = runs_of(up_scale_row, start, EACH, SCALES, RUNS)
+    if zero is not None:
+        zero_row = zero + held * SCALES
+        z = runs_of(zero_row, start, EACH, SCALES, RUNS).to(dtype)
+        if ACT is not None:
+            y = runs_of(zero_row + N * SCALES, start, EACH, SCALES, RUNS).to(dtype)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = acc
+    for begin in range(start, start + depth, BLOCK_K):
+        if EVEN:
+            h = tl.load(x_row + begin, mask=valid, other=0.0)
+        else:
+            h = tl.load(x_row + begin, mask=(begin + k < K)[:, None] & valid, other=0.0)
+        w = widen_tile(row, z, s.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, dtype)
+        if GROUP > 0 and not FOLD:
+            acc += tl.dot(w, h) * s.to(tl.float32)
+        else:
+            acc = tl.dot(w, h, acc)
+        if ACT is not None:
+            v = widen_tile(row + N * WORDS, y, t.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, dtype)
+            if GROUP > 0 and not FOLD:
+                up += tl.dot(v, h) * t.to(tl.float32)
+            else:
+                up = tl.dot(v, h, up)
+        if GROUP > 0:
+            s = runs_of(scale_row, begin + BLOCK_K, EACH, SCALES, RUNS)
+            if ACT is not None:
+                t = runs_of(up_scale_row, begin + BLOCK_K, EACH, SCALES, RUNS)
+            if zero is not None:
+                z = runs_of(zero_row, begin + BLOCK_K, EACH, SCALES, RUNS).to(dtype)
+                if ACT is not None:
+                    y = runs_of(zero_row + N * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS).to(dtype)
+    if GROUP == 0:
+        acc *= tl.load(scale_row).to(tl.float32)[:, None]
+        if ACT is not None:
+            up *= tl.load(up_scale_row).to(tl.float32)[:, None]
+    store_tile(acc, up, bias, residual, out, n, m, num_rows, N, SPLIT, ACT)
+
+
+def weight_only_gemms(product: Product) -> list[Candidate]:
+    rows = product.rows
+    operands = {n: Operand(arg=n) for n in ("x", "weight", "scale", "zero")} | {"magic": Operand(const=MAGIC[product.x.dtype])}
+    functions = [weight_only_gemm_kernel, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
+    wanted = FEW_ROWS if rows <= 16 else SOME_ROWS if rows <= 64 else MANY_ROWS
+    return [gemm(product, functions, operands, product.constants("X_GROUP"), t) for t in tiles(product, wanted)]
