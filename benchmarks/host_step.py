@@ -19,53 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import null_engine
 import numpy as np
 
-from ingot.artifacts.manifest import ModelInfo
-from ingot.models.source import BUNDLED
 from ingot.runtime import engine as engine_module
-from ingot.runtime.batch import Sampled, StepBatch, StepLayout, StepSize
-from ingot.runtime.engine import Engine
-from ingot.runtime.kv_cache import GroupInfo
-from ingot.runtime.protocol import ExecutorInfo
 from ingot.runtime.request import Request, SamplingParams
-from ingot.runtime.tokenizer import Tokenizer
 
 PROMPT = 128
-
-
-class Nothing:
-    """Says the same tokens in every step."""
-
-    def __init__(self, sampled: Sampled) -> None:
-        self._sampled = sampled
-
-    def result(self) -> Sampled:
-        return self._sampled
-
-
-class NullExecutor:
-    """Pads as captured decode steps are padded, from three buffers in turn, and computes nothing."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.info = ExecutorInfo({"full": GroupInfo("page", 64, 4096)}, 256, 8192, 8192, vocab_size, 512, asynchronous=True)
-        self._layout = StepLayout.of(self.info.groups, self.info.max_num_seqs, self.info.max_model_len)
-        self._batches: dict[tuple[int, StepSize], StepBatch] = {}
-        self._turn = 0
-        self._tokens = np.random.default_rng(0).integers(300, vocab_size, 8192).astype(np.int32)
-
-    def batch(self, size: StepSize) -> StepBatch:
-        self._turn = (self._turn + 1) % 3
-        bucket = size.num_tokens if size.num_tokens != size.num_seqs else max(1 << (size.num_seqs - 1).bit_length(), 1)
-        padded = size if bucket == size.num_tokens else StepSize(bucket, bucket, bucket, size.longest)
-        key = (self._turn, padded)
-        if key not in self._batches:
-            self._batches[key] = StepBatch(self._layout, size, padded)
-        self._batches[key].reset(size)
-        return self._batches[key]
-
-    def launch(self, batch: StepBatch) -> Nothing:
-        return Nothing(Sampled(self._tokens[: batch.size.num_rows]))
 
 
 def timed(times: dict[str, list[float]], name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,20 +39,17 @@ def timed(times: dict[str, list[float]], name: str, fn: Callable[..., Any]) -> C
 
 
 def measure(batch: int, steps: int, profiled: bool) -> dict[str, Any]:
-    tokenizer = Tokenizer(BUNDLED)
-    executor = NullExecutor(tokenizer.vocab_size)
-    model = ModelInfo("null", "Null", "null", executor.info.vocab_size, 8192, (0,), "float32", 0)
-    engine = Engine(executor, tokenizer, model)
+    engine = null_engine.engine()
     rng = np.random.default_rng(0)
     for i in range(batch):
-        prompt = rng.integers(0, executor.info.vocab_size, PROMPT).tolist()
+        prompt = rng.integers(0, engine.vocab_size, PROMPT).tolist()
         engine.add(Request(f"r{i}", prompt, SamplingParams(max_tokens=steps + 100, temperature=0.6, ignore_eos=True, seed=i)))
     for _ in range(20):
         engine.step()
     times: dict[str, list[float]] = {}
     pack = engine_module.pack
     engine.scheduler.schedule = timed(times, "schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
-    engine.executor.batch = timed(times, "batch", executor.batch)  # type: ignore[method-assign]
+    engine.executor.batch = timed(times, "batch", engine.executor.batch)  # type: ignore[method-assign]
     engine._deltas = timed(times, "deltas", engine._deltas)  # type: ignore[method-assign]
     engine_module.pack = timed(times, "pack", pack)  # type: ignore[assignment]
     step = timed(times, "step", engine.step)

@@ -172,7 +172,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     output_tokens: int
 
 
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+class Delta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     """What one step added to continuation `index` of a request.
 
     `token_ids` include the end-of-sequence or stop token, `text` does not; `text` may lag behind while characters or

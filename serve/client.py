@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -27,41 +27,47 @@ class Generation:
         self._prompts = prompts
         self._params = params
         self._priority = priority
-        self._open: dict[str, int] = {}  # the prompt's number by request id
+        self._ids: list[str] = []
         self._num_open = len(prompts) * params.n
         self._arrived: list[tuple[int, Delta]] = []
         self._error: Exception | None = None
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._open = {self._client.begin(self, prompt, self._params, self._priority): i for i, prompt in enumerate(self._prompts)}
+        for i, prompt in enumerate(self._prompts):
+            self._ids.append(self._client.begin(self, i * self._params.n, prompt, self._params, self._priority))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._client.abort(list(self._open))
+        self._client.abort(self._ids)
 
-    async def arrivals(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """(choice, delta): all that came since the last time, one delta a choice, until every choice has ended; choices of prompt i are
+    async def arrived(self) -> list[tuple[int, Delta]]:
+        """(choice, delta): all that came since the last time, one delta a choice; [] when every choice has ended. Choices of prompt i are
         i·n … i·n + n − 1.
 
         Raises RequestError or EngineLost.
         """
-        while self._num_open or self._arrived:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._error is not None:
-                raise self._error
-            arrived, self._arrived = self._arrived, []
-            self._num_open -= sum(delta.finish_reason is not None for _, delta in arrived)
-            yield arrived if len(arrived) == 1 else _merged(arrived)
+        if self._num_open and not self._arrived and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        arrived, self._arrived = self._arrived, []
+        return arrived if len(arrived) < 2 else _merged(arrived)
 
-    def put(self, delta: Delta) -> None:
-        self._arrived.append((self._open[delta.request_id] * self._params.n + delta.index, delta))
-        self._wake.set()
+    def put(self, choice: int, delta: Delta) -> None:
+        self._arrived.append((choice, delta))
+        self._num_open -= delta.finish_reason is not None
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 def _merged(arrived: list[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
@@ -89,11 +95,12 @@ def _join(deltas: list[Delta]) -> Delta:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class _Running:
     """A request in the engine, until each of its continuations has ended."""
 
     generation: Generation
+    first_choice: int
     timers: list[Timer]
     num_open: int
 
@@ -152,12 +159,12 @@ class EngineClient(asyncio.Protocol):
         """Let go of the engine, which ends its process."""
         self._transport.close()
 
-    def begin(self, generation: Generation, prompt: list[int], params: SamplingParams, priority: int) -> str:
-        """Send one request; its id. EngineLost when there is nobody to send it to."""
+    def begin(self, generation: Generation, first_choice: int, prompt: list[int], params: SamplingParams, priority: int) -> str:
+        """Send one request, whose continuations are choices from `first_choice` on; its id. EngineLost when there is nobody to send it to."""
         if self.lost.done():
             raise self.lost.result()
         request_id = self._next_id()
-        self._running[request_id] = _Running(generation, self._metrics.begin(len(prompt), params.n), params.n)
+        self._running[request_id] = _Running(generation, first_choice, self._metrics.begin(len(prompt), params.n), params.n)
         self._send(Add(Request(request_id, prompt, params, priority)))
         return request_id
 
@@ -185,9 +192,10 @@ class EngineClient(asyncio.Protocol):
             match decode_event(body):
                 case Step(deltas=deltas, stats=stats):
                     self._metrics.stats = stats
-                    self._metrics.generation_tokens.inc(sum([len(delta.token_ids) for delta in deltas]))
+                    now = time.perf_counter()
                     for delta in deltas:
-                        self._deliver(delta)
+                        self._deliver(delta, now)
+                    self._metrics.generated(sum([len(delta.token_ids) for delta in deltas]))
                 case Embedded(request_id=request_id, vectors=vectors):
                     answer = self._embeddings.get(request_id)
                     if answer is not None and not answer.done():  # or else it was taken back
@@ -201,18 +209,18 @@ class EngineClient(asyncio.Protocol):
                 case Failed(message=message):
                     self._failure = message
 
-    def _deliver(self, delta: Delta) -> None:
+    def _deliver(self, delta: Delta, now: float) -> None:
         running = self._running.get(delta.request_id)
         if running is None:  # aborted while the engine worked on it
             return
         timer = running.timers[delta.index]
-        timer.tokens(len(delta.token_ids))
+        timer.tokens(len(delta.token_ids), now)
         if delta.finish_reason is not None:
             timer.end(delta.finish_reason)
             running.num_open -= 1
             if not running.num_open:
                 del self._running[delta.request_id]
-        running.generation.put(delta)
+        running.generation.put(running.first_choice + delta.index, delta)
 
     def _end(self, request_id: str, error: Exception) -> None:
         running = self._running.pop(request_id, None)

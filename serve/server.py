@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import uvicorn
 import uvloop
 
 from .api.app import build_app
+from .api.exchange import sending_directly
 from .client import EngineClient
 from .launch import CLOSE_SECONDS, ServerConfig
 from .metrics import Metrics
@@ -53,6 +55,7 @@ async def _serve(config: ServerConfig, listener: socket.socket, sock: socket.soc
             metrics.ready_seconds.set(seconds)
             for stage, spent in client.ready.result().stages.items():
                 metrics.start_seconds.labels(stage).set(spent)
+            gc.freeze()  # what was imported stays: no collection between two tokens need look at it
             print(f"ready: {_url(listener)} serves {service.model.name} after {seconds:.1f} s", flush=True)
         ends: list[asyncio.Future[Any]] = [serving, *exits]
         await asyncio.wait((client.lost, *ends), return_when=asyncio.FIRST_COMPLETED)
@@ -77,6 +80,7 @@ async def _serve_beside(config: ServerConfig, index: int, listener: socket.socke
     server = _Server(service, config.drain_seconds)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait((client.ready, serving), return_when=asyncio.FIRST_COMPLETED)
+    gc.freeze()
     print("ready", flush=True)
     await asyncio.wait((client.lost, serving), return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
@@ -102,7 +106,13 @@ class _Server(uvicorn.Server):
 
     def __init__(self, service: Service, drain_seconds: float, workers: Sequence[subprocess.Popen[bytes]] = ()) -> None:
         config = uvicorn.Config(
-            build_app(service), http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSE_SECONDS
+            sending_directly(build_app(service)),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         super().__init__(config)
         self._service = service

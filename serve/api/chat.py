@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ingot.runtime.request import Delta
+
 from ..protocol.chat import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChatMessage, ChatRequest
 from ..protocol.errors import ApiError
+from ..protocol.usage import Usage
 from ..service import Service
-from .exchange import HOLE, Event, TextEvents, answer, check, read, stream, until_disconnect
+from .exchange import EventStream, answer, check, read, until_disconnect
+from .job import Job
 from .logprobs import chat_logprobs
 from .tally import Tally
 
@@ -31,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     service.check_model(body.model)
     job = _Job(service, body, await _prompt(service, body))
     if body.stream:
-        return await stream(request, job.events())
+        return EventStream(job)
     return answer(await until_disconnect(request, job.whole()))
 
 
@@ -47,55 +49,35 @@ async def _prompt(service: Service, body: ChatRequest) -> list[int]:
     return await service.encode(text, add_special_tokens=False)
 
 
-class _Job:
-    """One request to be answered, in pieces or as a whole."""
-
+class _Job(Job[ChatDelta]):
     def __init__(self, service: Service, body: ChatRequest, prompt: list[int]) -> None:
-        self._service, self._body, self._prompts = service, body, [prompt]
+        self._service = service
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        max_tokens = service.fit(self._prompts, wanted, explicit=True)
-        self._params = body.params(max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        self._tally = Tally(self._prompts, self._params.n)
+        max_tokens = service.fit([prompt], wanted, explicit=True)
+        params = body.params(max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        self._begun: set[int] = set()
         self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model.name}
+        super().__init__(
+            service.generate([prompt], params, body.priority), Tally([prompt], params.n), with_usage=body.includes_usage, text_only=not body.logprobs
+        )
 
     async def whole(self) -> ChatCompletion:
-        """All pieces put together."""
-        choices: dict[int, ChatDelta] = {}
-        async with aclosing(self._pieces()) as pieces:
-            async for piece in pieces:
-                if piece.index in choices:
-                    choices[piece.index].extend(piece)
-                else:
-                    choices[piece.index] = piece
-        finished = [ChatChoice(index=c.index, message=c.delta, logprobs=c.logprobs, finish_reason=c.finish_reason) for _, c in sorted(choices.items())]
-        return ChatCompletion(**self._head, choices=finished, usage=self._tally.usage())
+        """The answer at once."""
+        choices = [ChatChoice(index=c.index, message=c.delta, logprobs=c.logprobs, finish_reason=c.finish_reason) for c in await self.choices()]
+        return ChatCompletion(**self._head, choices=choices, usage=self._tally.usage())
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """A chunk for each piece, and one for the usage when it is asked for."""
-        plain: dict[int, TextEvents] = {}
-        async with aclosing(self._pieces()) as pieces:
-            async for piece in pieces:
-                if piece.finish_reason is not None or piece.logprobs is not None or piece.delta.role is not None:
-                    yield ChatChunk(**self._head, choices=[piece])
-                    continue
-                if piece.index not in plain:
-                    hole = ChatDelta(index=piece.index, delta=ChatMessage(content=HOLE))
-                    plain[piece.index] = TextEvents(ChatChunk(**self._head, choices=[hole]))
-                yield plain[piece.index].json(piece.delta.content or "")
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            yield ChatChunk(**self._head, choices=[], usage=self._tally.usage())
+    def chunk(self, pieces: list[ChatDelta], usage: Usage | None = None) -> ChatChunk:
+        return ChatChunk(**self._head, choices=pieces, usage=usage)
 
-    async def _pieces(self) -> AsyncGenerator[ChatDelta, None]:
-        begun: set[int] = set()
-        async with self._service.generate(self._prompts, self._params, self._body.priority) as generation:
-            async for arrived in generation.arrivals():
-                for index, delta in arrived:
-                    self._tally.add(index, delta)
-                    if index in begun and not (delta.text or delta.finish_reason or delta.logprobs):
-                        continue  # its characters are not complete yet
-                    message = ChatMessage(role=None if index in begun else "assistant", content=delta.text)
-                    begun.add(index)
-                    logprobs = None if delta.logprobs is None else chat_logprobs(self._service, delta.logprobs)
-                    yield ChatDelta(index=index, delta=message, logprobs=logprobs, finish_reason=check(delta))
+    def text_piece(self, choice: int, text: str) -> ChatDelta:
+        return ChatDelta(index=choice, delta=ChatMessage(content=text))
+
+    def piece(self, choice: int, delta: Delta) -> ChatDelta | None:
+        if choice in self._begun and not (delta.text or delta.finish_reason or delta.logprobs):
+            return None
+        message = ChatMessage(role=None if choice in self._begun else "assistant", content=delta.text)
+        self._begun.add(choice)
+        logprobs = None if delta.logprobs is None else chat_logprobs(self._service, delta.logprobs)
+        return ChatDelta(index=choice, delta=message, logprobs=logprobs, finish_reason=check(delta))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
-import msgspec
 import pydantic
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ingot.ops.errors import IngotError
 from ingot.runtime.request import Delta, RequestError
@@ -20,6 +19,7 @@ from ingot.runtime.request import Delta, RequestError
 from ..errors import EngineLost
 from ..protocol.body import RequestBody
 from ..protocol.errors import ApiError, from_validation
+from .job import DONE, Job, event
 
 MAX_BODY_BYTES = 64 << 20
 _PARAMS = {"beam_width": "use_beam_search"}
@@ -63,47 +63,6 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-Event = pydantic.BaseModel | bytes
-"""An event of a stream, or its JSON."""
-
-
-class TextEvents:
-    """Events that differ in one string: the JSON around it is made once."""
-
-    def __init__(self, event: pydantic.BaseModel) -> None:
-        """`event`: one of them, its string `HOLE`."""
-        self._before, _, self._after = event.model_dump_json().encode().partition(_HOLE_JSON)
-
-    def json(self, text: str) -> bytes:
-        return self._before + msgspec.json.encode(text) + self._after
-
-
-HOLE = "\0hole"
-_HOLE_JSON = msgspec.json.encode(HOLE)
-
-
-async def stream(request: Request, events: AsyncGenerator[Event, None]) -> Response:
-    """Server-sent events. What fails before the first event is an ordinary error response; what fails later, an event with the error."""
-    first = await until_disconnect(request, anext(events))  # type: ignore[arg-type]
-    return EventStream(_server_sent(first, events), media_type="text/event-stream")
-
-
-async def _server_sent(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
-    try:
-        yield _event(first)
-        async for event in events:
-            yield _event(event)
-    except (ApiError, IngotError) as error:
-        yield b"data: " + JSONResponse(as_api_error(error).body).body + b"\n\n"
-    finally:
-        await events.aclose()
-    yield b"data: [DONE]\n\n"
-
-
-def _event(event: Event) -> bytes:
-    return b"data: " + (event if isinstance(event, bytes) else event.model_dump_json().encode()) + b"\n\n"
-
-
 def answer(response: pydantic.BaseModel) -> Response:
     """A whole answer as JSON."""
     return Response(response.model_dump_json(), media_type="application/json")
@@ -116,14 +75,59 @@ def check(delta: Delta) -> Literal["stop", "length"] | None:
     return delta.finish_reason  # type: ignore[return-value]
 
 
-class EventStream(StreamingResponse):
-    """Closes its generator when the client goes away, so that its requests are aborted at once and not when it is collected."""
+class EventStream(Response):
+    """Server-sent events. What fails before the first of them is an ordinary error response; what fails later, an event with the error.
+
+    Its requests are aborted at once when the client goes away, and not when something is collected.
+    """
+
+    def __init__(self, job: Job[Any]) -> None:
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._job = job
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            await until_disconnect(Request(scope, receive), self._answer(scope, send))
+        except ClientDisconnect:
+            if not self._started:
+                raise
+
+    async def _answer(self, scope: Scope, send: Send) -> None:
+        async def say(events: bytes) -> None:
+            nonlocal send
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                send = scope[DIRECTLY]  # middlewares look at the start of a response alone
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+
+        try:
+            async with self._job.generation as generation:
+                while arrived := await generation.arrived():
+                    if events := self._job.events(arrived):
+                        await say(events)
+            await say(self._job.last_events())
+        except (ApiError, IngotError) as error:
+            if not self._started:
+                raise
+            await say(event(as_api_error(error).body) + DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+DIRECTLY = "ingot.send"
+"""In a scope: the server's own `send`."""
+
+
+def sending_directly(app: ASGIApp) -> ASGIApp:
+    """The application, whose scopes have `DIRECTLY`."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[DIRECTLY] = send
+        await app(scope, receive, send)
+
+    return call
 
 
 def as_api_error(error: Exception) -> ApiError:

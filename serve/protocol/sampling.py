@@ -89,6 +89,11 @@ class SamplingRequest(RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def check(self) -> None:
         """ApiError, naming the field, if the request asks for what is not served or contradicts itself."""
         if self.stream_options is not None and not self.stream:

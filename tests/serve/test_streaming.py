@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingot.runtime.request import Delta, Request, SamplingParams, TokenLogprob, Usage
-from ingot.serve.api.exchange import HOLE, TextEvents
+from ingot.serve.api.job import HOLE, TextEvents
 from ingot.serve.client import EngineClient
 from ingot.serve.connection import ClientGone, Clients, Connection
 from ingot.serve.messages import Abort, Add, Rejected, frame
@@ -29,7 +29,7 @@ def test_an_event_made_once_is_the_event(text: str, model: str) -> None:
         return ChatChunk(id="c", created=5, model=model, choices=[ChatDelta(index=0, delta=ChatMessage(content=t))])
 
     for event in (completion, chunk):
-        assert TextEvents(event(HOLE)).json(text) == event(text).model_dump_json().encode()
+        assert TextEvents(event(HOLE)).event(text) == b"data: " + event(text).model_dump_json().encode() + b"\n\n"
 
 
 def test_a_reader_that_is_behind_gets_what_came_as_one_delta_a_choice() -> None:
@@ -37,7 +37,7 @@ def test_a_reader_that_is_behind_gets_what_came_as_one_delta_a_choice() -> None:
         ours, theirs = socket.socketpair()
         client = await EngineClient.connect(ours, Metrics(), "7")
         async with client.generate([[1], [2]], SamplingParams(n=2, max_tokens=9)) as generation:
-            first, second = generation._open
+            first, second = generation._ids
             assert (first, second) == ("7-0", "7-1")
             scores = [TokenLogprob(t, -float(t)) for t in range(9)]
             for delta in (
@@ -46,11 +46,10 @@ def test_a_reader_that_is_behind_gets_what_came_as_one_delta_a_choice() -> None:
                 Delta(first, 1, [4], "", [scores[4]]),
                 Delta(first, 1, [6], "é", [scores[6]], None, "stop", "é", Usage(1, 0, 3)),
             ):
-                client._deliver(delta)
-            arrivals = generation.arrivals()
-            together = await anext(arrivals)
-            client._deliver(Delta(second, 0, [8], "y"))
-            alone = await anext(arrivals)
+                client._deliver(delta, 0.0)
+            together = await generation.arrived()
+            client._deliver(Delta(second, 0, [8], "y"), 0.0)
+            alone = await generation.arrived()
         client.close()
         theirs.close()
         return together, alone
