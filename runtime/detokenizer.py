@@ -17,7 +17,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self.stopped: str | None = None  # the stop string that was found
-        self._tokenizer = tokenizer
+        self._tokenizer, self._texts = tokenizer, tokenizer.texts
         self._stop = stop
         self._unstoppable = min_tokens  # tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -26,7 +26,7 @@ class Detokenizer:
 
     def feed(self, token_id: int) -> str:
         """The text that this token decides; "" once stopped."""
-        text = self._tokenizer.token_text(token_id) if self._is_whole else None
+        text = self._texts[token_id] if self._is_whole else None
         if text is None:
             text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
             self._is_whole = not self._utf8.getstate()[0]

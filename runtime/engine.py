@@ -244,45 +244,50 @@ class Engine:
         for row, seq in enumerate(sampling):
             if seq.status is Status.FINISHED:
                 continue
-            if tokens[row] < 0:
-                deltas += self._end(seq, "error", _WHY_NO_TOKEN[tokens[row]])
+            token = tokens[row]
+            if token < 0:
+                deltas += self._end(seq, "error", _WHY_NO_TOKEN[token])
+            elif seq.plain:
+                deltas.append(self._append(seq, token, None))
             elif seq.beams is not None:
                 deltas += self._report(seq, list(zip(top_ids[row], top_logprobs[row], strict=True)))
             else:
                 wanted = seq.request.params.logprobs
                 if seq.request.params.ranked:
                     seq.score += logprobs[row]
-                deltas.append(self._append(seq, tokens[row], None if wanted is None else [logprob(row, wanted)]))
+                deltas.append(self._append(seq, token, None if wanted is None else [logprob(row, wanted)]))
         return deltas
 
     def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
         """One more token of `seq`, and what follows from it."""
-        ids, text = seq.token_ids, ""
-        is_first = len(ids) == seq.num_prompt
+        ids, detokenizer, request = seq.token_ids, seq.detokenizer, seq.request
         ids.append(token)
+        count = len(ids) - seq.num_prompt
         self._generated_tokens += 1
+        text = ""
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         if token in seq.stop_ids:
-            reason, stop_reason = "stop", token if token in seq.request.params.stop_token_ids else None
-        elif seq.detokenizer is not None:
-            text = seq.detokenizer.feed(token)
-            if seq.detokenizer.stopped is not None:
-                reason, stop_reason = "stop", seq.detokenizer.stopped
-        if reason is None and len(ids) == seq.num_prompt + seq.max_tokens:
-            reason = "length"
-        if reason is None and not is_first:  # as a rule
-            return Delta(seq.request.id, seq.index, [token], text, logprobs)
+            reason, stop_reason = "stop", token if token in request.params.stop_token_ids else None
+        elif detokenizer is not None:
+            text = detokenizer.feed(token)
+            if detokenizer.stopped is not None:
+                reason, stop_reason = "stop", detokenizer.stopped
+        if reason is None:
+            if count == seq.max_tokens:
+                reason = "length"
+            elif count > 1:  # as a rule
+                return Delta(request.id, seq.index, [token], text, logprobs)
         prompt_logprobs = None
-        if is_first:
+        if count == 1:
             self._start_siblings(seq)
             if seq.index == 0:
                 self._prompt_tokens += seq.num_prompt
                 prompt_logprobs = seq.prompt_logprobs or None
         if reason is not None:
             text += self._free(seq)
-        score = seq.score if reason is not None and seq.request.params.ranked else None
-        return Delta(seq.request.id, seq.index, [token], text, logprobs, prompt_logprobs, reason, stop_reason, seq.usage(), score)
+        score = seq.score if reason is not None and request.params.ranked else None
+        return Delta(request.id, seq.index, [token], text, logprobs, prompt_logprobs, reason, stop_reason, seq.usage(), score)
 
     def _report(self, seq: Sequence, candidates: list[tuple[int, float]]) -> list[Delta]:
         """What the model says after a beam; the answers when that ends the search."""

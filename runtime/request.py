@@ -223,8 +223,10 @@ class Sequence:
     num_prompt: int = field(init=False)
     prompt_logprobs: list[TokenLogprob | None] = field(init=False)  # so far; continuation 0 computes them for all
     wants_prompt_logprobs: bool = field(init=False)  # some are still to be computed
+    plain: bool = field(init=False)  # of what a step samples for it only the token counts
 
     def __post_init__(self) -> None:
+        self.plain = self.beams is None and self.request.params.logprobs is None and not self.request.params.ranked
         self.num_prompt = len(self.request.prompt_token_ids)
         scores = self.index == 0 and self.request.params.prompt_logprobs is not None
         self.prompt_logprobs = [None] if scores else []

@@ -148,7 +148,8 @@ class Scheduler:
         prefilling = [self.running[i] for i in np.flatnonzero(uncomputed > 1).tolist()]
         full = decoding[self.rows.room[rows[decoding]] <= self.rows.num_computed[rows[decoding]]]
         starved = [self.running[i] for i in full.tolist()]
-        budget.decode(self.running if len(decoding) == len(rows) else [self.running[i] for i in decoding.tolist()])
+        all_decode = len(decoding) == len(rows)
+        budget.decode(self.running if all_decode else [self.running[i] for i in decoding.tolist()])
         for seq in starved:
             if seq.status is Status.RUNNING:
                 self._make_room(seq, 1, budget)
@@ -164,12 +165,19 @@ class Scheduler:
             while self._waiting and self.running and not budget.items:
                 self._preempt(budget)
                 self._admit(budget)
-        return self._step(budget.items) if budget.items else None
+        if not budget.items:
+            return None
+        unchanged = all_decode and len(budget.items) == len(rows) and self.num_preemptions == preemptions  # as a rule
+        return self._step(budget.items, rows if unchanged else None)
 
-    def _step(self, items: dict[Sequence, int]) -> Step:
+    def _step(self, items: dict[Sequence, int], decoding: np.ndarray | None = None) -> Step:
+        """`decoding`: the rows of `items`, when each has one token; None: to be found."""
         state, sequences = self.rows, list(items)
-        rows = np.fromiter(map(_ROW, sequences), np.int32, len(sequences))
-        num_new = np.fromiter(items.values(), np.int32, len(sequences))
+        if decoding is not None:
+            rows, num_new = decoding, np.ones(len(decoding), np.int32)
+        else:
+            rows = np.fromiter(map(_ROW, sequences), np.int32, len(sequences))
+            num_new = np.fromiter(items.values(), np.int32, len(sequences))
         num_computed = state.num_computed[rows]
         pending = np.where(state.sampled_in[rows] >= self.num_collected, state.sampled_row[rows], -1)
         samples = num_computed + num_new == state.num_tokens[rows]

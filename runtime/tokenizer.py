@@ -34,6 +34,22 @@ class _File(msgspec.Struct):
     added_tokens: list[_AddedToken] = []
 
 
+class Texts(dict[int, str | None]):
+    """The text that each token adds between whole characters, None when it has parts of some; found when it is asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self._tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
 class Tokenizer:
     """tokenizer.json, with the special tokens and the chat template beside it.
 
@@ -59,7 +75,7 @@ class Tokenizer:
         self._template = template.read_text() if template.is_file() else self.config.get("chat_template")
         self._special = frozenset(t.id for t in self._file.added_tokens if t.special)
         self._bytes: dict[int, bytes] = {}
-        self._texts: dict[int, str] = {}  # of tokens that are whole characters
+        self.texts = Texts(self)
         self._to_bytes = _decoder(self._file.decoder)
 
     @property
@@ -97,16 +113,6 @@ class Tokenizer:
             known = b"" if token is None else self._to_bytes(token)
             self._bytes[token_id] = known
         return known
-
-    def token_text(self, token_id: int) -> str | None:
-        """The text that a token adds between whole characters; None when it has parts of some."""
-        text = self._texts.get(token_id)
-        if text is None:
-            try:
-                text = self._texts[token_id] = self.token_bytes(token_id).decode()
-            except UnicodeDecodeError:
-                return None
-        return text
 
     @property
     def has_chat_template(self) -> bool:

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import time
+from collections import defaultdict
 
 from ingot.ops.errors import IngotError
 from ingot.runtime.embedder import Embedder
@@ -45,9 +46,10 @@ def serve(engine: Engine, clients: Clients) -> None:
 
 def _tell(engine: Engine, clients: Clients, deltas: list[Delta], everybody: bool) -> None:
     """To each client the deltas of its requests, and how busy the engine is; with `everybody` also to those who have none."""
-    shares: dict[Connection, list[Delta]] = {client: [] for client in clients.everybody()} if everybody else {}
+    owners = clients.owners
+    shares: defaultdict[Connection, list[Delta]] = defaultdict(list, {client: [] for client in clients.everybody()} if everybody else {})
     for delta in deltas:
-        shares.setdefault(clients.owners[delta.request_id], []).append(delta)
+        shares[owners[delta.request_id]].append(delta)
     for request_id in {d.request_id for d in deltas if d.finish_reason is not None}:
         if not engine.has(request_id):
             clients.forget(request_id)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingot.runtime.detokenizer import Detokenizer
+from ingot.runtime.tokenizer import Texts
 
 
 class Pieces:
@@ -12,15 +13,10 @@ class Pieces:
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
+        self.texts = Texts(self)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.pieces[token_id]
-
-    def token_text(self, token_id: int) -> str | None:
-        try:
-            return self.pieces[token_id].decode()
-        except UnicodeDecodeError:
-            return None
 
 
 def feed(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], str | None]:
