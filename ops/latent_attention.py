@@ -81,8 +81,9 @@ def mla_attention(q_latent: torch.Tensor, q_rope: torch.Tensor, latent_cache: to
     host_sync=True)  # fmt: skip
 def sparse_index(q: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
                  page_table: torch.Tensor, topk: int, scale: float) -> torch.Tensor:  # fmt: skip
-    """The `topk` positions p ≤ t with the largest Σ_h weights[t, h] · relu(scale · q[t, h] · k[p]) → [T, topk] int32, −1 where there are fewer.
+    """The `topk` positions p ≤ t with the largest Σ_h weights[t, h] · relu(scale · q[t, h] · k[p]), of equal ones the first → [T, topk] int32.
 
+    They ascend; where there are fewer, −1 follows.
     q [T, J, D] and weights [T, J] of the J heads of the indexer; index_cache [N, 1, page_size, D] holds one k for all of them.
     """
     out = torch.full((q.shape[0], topk), -1, dtype=torch.int32, device=q.device)
@@ -98,6 +99,7 @@ def sparse_index(q: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tens
         total = torch.einsum("qjk,qj->qk", scores, weights[begin:end].float())
         q_pos = torch.arange(length - (end - begin), length, device=q.device)[:, None]
         total = total.masked_fill(torch.arange(length, device=q.device)[None] > q_pos, float("-inf"))
-        best = total.topk(min(topk, length), -1)
-        out[begin:end, : best.indices.shape[1]] = torch.where(best.values == float("-inf"), -1, best.indices).int()
+        best = total.sort(dim=-1, descending=True, stable=True)
+        chosen = torch.where(best.values == float("-inf"), length, best.indices)[:, :topk].sort(-1).values
+        out[begin:end, : chosen.shape[1]] = torch.where(chosen == length, -1, chosen).int()
     return out

@@ -11,6 +11,7 @@ FAMILIES = (
     "embedding",
     "glu",
     "kv_cache",
+    "latent_attention",
     "linear",
     "moe",
     "norm",

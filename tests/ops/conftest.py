@@ -14,13 +14,14 @@ def let_go() -> Callable[[Call, dict[str, Any]], dict[str, Any]]:
     are), and the page table repeats the first page kept."""
 
     def let_go(call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
-        window, page_size = inputs.get("window"), inputs["k_cache"].shape[2] if "k_cache" in inputs else 0
+        caches = [n for n in ("k_cache", "v_cache", "latent_cache") if n in inputs]
+        window, page_size = inputs.get("window"), inputs[caches[0]].shape[2] if caches else 0
         if not window or not page_size:
             return inputs
         table, starts = inputs["page_table"].clone(), inputs["cu_seqlens_q"].tolist()
-        names = ("k_cache", "v_cache") if inputs.get("k_scale") is None else ("k_scale", "v_scale")
+        names = caches if inputs.get("k_scale") is None else ("k_scale", "v_scale")
         pages = {n: inputs[n].clone() for n in names}
-        others = set(range(len(inputs["k_cache"])))
+        others = set(range(len(inputs[caches[0]])))
         for s, length in enumerate(inputs["seq_lens"].tolist()):
             first = max(0, length - (starts[s + 1] - starts[s]) - window + 1) // page_size
             table[s, :first] = table[s, first]

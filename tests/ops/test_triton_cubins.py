@@ -77,6 +77,25 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
     ]  # fmt: skip
 
 
+def latent_calls(h, topk=None):
+    """Latent attention as DeepSeek-V2 and V3 have it; `topk`: with V3.2's indexer of 64 heads."""
+    cache, batch = {"latent_cache": Tensor(BF16, (N, 1, 64, 576))}, {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)),
+                                                                     "page_table": Tensor(I32, (S, P))}  # fmt: skip
+    latent, q = Tensor(BF16, (T, h, 512)), Tensor(BF16, (T, h, 128))
+    found = [
+        Call("latent_write", {"latent": Tensor(BF16, (T, 512)), "rope": Tensor(BF16, (T, 64)), **cache, "slot_mapping": Tensor(I32, (T,))}, ()),
+        Call("head_linear", {"x": q, "weight": Tensor(BF16, (h, 128, 512)), "transposed": True}, (latent,)),
+        Call("head_linear", {"x": latent, "weight": Tensor(BF16, (h, 128, 512)), "transposed": False}, (q,)),
+        Call("mla_attention", {"q_latent": latent, "q_rope": Tensor(BF16, (T, h, 64)), **cache, **batch, "indices": Tensor(I32, (T, topk)) if topk else None,
+                               "sinks": None, "scale": 192**-0.5, "window": 0}, (latent,)),
+    ]  # fmt: skip
+    if topk:
+        found.append(Call("sparse_index", {"q": Tensor(BF16, (T, 64, 128)), "weights": Tensor(F32, (T, 64)), "index_cache": Tensor(BF16, (N, 1, 64, 128)),
+                                           **batch, "topk": topk, "scale": 128**-0.5}, (Tensor(I32, (T, topk)),)))  # fmt: skip
+    return found
+
+
+LATENT = latent_calls(16) + latent_calls(128, 2048)
 LLAMA = calls(32, 8, 128, 128, 2048, BF16)
 
 
@@ -111,7 +130,7 @@ def test_float8_is_declined_where_no_instruction_converts_it():
 
 
 def test_every_op_is_compiled():
-    assert {c.op for c in LLAMA} == {op for op, backend in CLAIMS if backend == "triton"}
+    assert {c.op for c in LLAMA + LATENT} == {op for op, backend in CLAIMS if backend == "triton"}
 
 
 @pytest.mark.parametrize(("isa", "steps", "most"), [("sm_90", DECODE, 2), ("sm_90", PREFILL, 1)] + [(isa, PREFILL, 1) for isa in GPU_ARCHES if isa != "sm_90"])
@@ -122,6 +141,13 @@ def test_a_model_compiles(isa, steps, most):
     wanted = [s for call in sampled for s in sources(call, steps, target, most)]
     for compiled in compile_sources(wanted, target, 2):
         assert compiled.binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(("isa", "steps"), [("sm_90", DECODE), ("sm_90", PREFILL), ("sm_80", PREFILL), ("sm_86", DECODE), ("sm_100", DECODE)])
+def test_latent_attention_compiles(isa, steps):
+    target = Target("cuda", isa, "")
+    sampled = LATENT if isa == "sm_90" else [c for c in LATENT if c.op in ("mla_attention", "sparse_index")]
+    compile_sources([s for call in sampled for s in sources(call, steps, target, 1)], target, 2)
 
 
 @pytest.mark.parametrize("isa", ["sm_86", pytest.param("sm_90", marks=pytest.mark.nightly)])

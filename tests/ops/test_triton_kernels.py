@@ -322,6 +322,84 @@ def qkv_attention_cases():
     }
 
 
+def step_args(**caches):
+    """What an op over paged caches reads of a step, after its caches."""
+    return {**caches, "cu_seqlens_q": tensor(S1, dtype=I32), "seq_lens": tensor(S, dtype=I32), "page_table": tensor(S, P, dtype=I32)}
+
+
+DECODED = Batch((0, 90, 0, 66), (1, 1, 0, 1))
+RAGGED = Batch((0, 70, 0, 33, 0), (19, 1, 0, 40, 3), 5)
+
+
+def mla_cases():
+    def listed(batch, k):
+        """Positions of the past in any order, and places that are none, for each token."""
+        generator = torch.Generator().manual_seed(9)
+        rows = []
+        for cached, new in zip(batch.cached, batch.new, strict=True):
+            for position in range(cached, cached + new):
+                drawn = torch.randperm(max(position + 1, k), generator=generator)[:k]
+                rows.append(torch.where(drawn <= position, drawn, -1))
+            rows += [torch.full((k,), -1)] * (new == 0)
+        return torch.stack(rows + [torch.full((k,), -1)] * batch.unused)
+
+    def case(batch, h, width, r, exact=False, max_seqs=0, sinks=False, window=0, k=0):
+        args = {"q_latent": tensor(T, h, width), "q_rope": tensor(T, h, r), **step_args(latent_cache=tensor(N, 1, batch.page_size, width + r)),
+                "indices": tensor(T, k, dtype=I32) if k else None, "sinks": tensor(h) if sinks else None, "scale": (width + r) ** -0.5,
+                "window": window}  # fmt: skip
+        values = batch.values | ({"indices": listed(batch, k)} if k else {})
+        return Case(args, (tensor(T, h, width),), batch.sizes, values, 1 if exact else 0, max_seqs, batch.page_size, exact)
+
+    return {
+        "decode": case(replace(DECODED, page_size=64), 4, 32, 16, True, 500),
+        "decode_split": case(DECODED, 16, 32, 8, True, 60, sinks=True),
+        "decode_heads": case(Batch((70, 0), (1, 0)), 70, 40, 0, True, 60, window=50),
+        "decode_listed": case(DECODED, 20, 32, 16, True, 60, k=40),
+        "ragged": case(replace(RAGGED, page_size=64), 5, 32, 16, max_seqs=300),
+        "ragged_all": case(RAGGED, 3, 24, 8, window=21, sinks=True, max_seqs=300),
+        "ragged_heads": case(Batch((3, 90), (4, 5), page_size=8), 72, 16, 16, max_seqs=300),
+        "ragged_listed": case(Batch((0, 40, 0), (9, 1, 3), 2), 6, 32, 0, k=20, sinks=True, max_seqs=300),
+        "ragged_split": case(Batch((75, 0, 5), (3, 0, 2), 1), 4, 32, 16, max_seqs=60),
+    }
+
+
+def head_linear_cases():
+    cases = {}
+    for rows, h, n, k, transposed in ((1, 3, 32, 128, True), (5, 2, 40, 24, False), (5, 2, 24, 300, True), (40, 3, 64, 72, False), (150, 2, 16, 130, True)):
+        weight = tensor(h, k, n) if transposed else tensor(h, n, k)
+        cases[f"rows{rows}_{k}"] = Case({"x": tensor(T, h, k), "weight": weight, "transposed": transposed}, (tensor(T, h, n),), {"T": rows})
+    return cases
+
+
+def latent_write_cases():
+    def case(width, r, page_size=16):
+        batch = Batch((3, 0, 20), (2, 0, 3), 2, page_size)
+        args = {"latent": tensor(T, width), "rope": tensor(T, r) if r else None, "latent_cache": tensor(N, 1, page_size, width + r),
+                "slot_mapping": tensor(T, dtype=I32)}  # fmt: skip
+        return Case(args, (), batch.sizes, batch.values, page_size=page_size)
+
+    return {"both": case(40, 24), "latent": case(32, 0, 8)}
+
+
+def sparse_index_cases():
+    def case(batch, j, d, topk, exact=False, max_seqs=0):
+        args = {
+            "q": tensor(T, j, d),
+            "weights": tensor(T, j, dtype=F32),
+            **step_args(index_cache=tensor(N, 1, batch.page_size, d)),
+            "topk": topk,
+            "scale": d**-0.5,
+        }
+        return Case(args, (tensor(T, topk, dtype=I32),), batch.sizes, batch.values, 1 if exact else 0, max_seqs, batch.page_size, exact)
+
+    return {
+        "decode": case(DECODED, 4, 32, 8, True, 500),
+        "decode_split": case(Batch((0, 500, 0, 66, 300), (1, 1, 0, 1, 1)), 5, 24, 20, True, 32),
+        "ragged": case(RAGGED, 4, 16, 24),
+        "long": case(Batch((700, 40), (3, 2), 1), 16, 32, 50),
+    }
+
+
 def packed_cases():
     def case(new, unused=0, h=4, k=4, e=32, f=32, max_seqs=0, window=0):
         batch = Batch((0,) * len(new), new, unused)
@@ -498,6 +576,10 @@ CASES = {
     "kv_write": kv_cases(),
     "qkv_rope_kv_write": qkv_cases(),
     "paged_attention": attention_cases(),
+    "mla_attention": mla_cases(),
+    "head_linear": head_linear_cases(),
+    "latent_write": latent_write_cases(),
+    "sparse_index": sparse_index_cases(),
     "packed_attention": packed_cases(),
     "pool": pool_cases(),
 }  # fmt: skip
