@@ -16,7 +16,7 @@ import torch
 
 from ingot.ops.dims import Dim
 from ingot.ops.errors import IngotError
-from ingot.ops.kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor
+from ingot.ops.kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, Tickets
 
 from .artifact import Artifact
 from .eager import constant, function, value
@@ -25,11 +25,15 @@ from .plan import Arg, Entry, Grid
 CHECKS = "checks.json"
 
 
-class TensorType(msgspec.Struct, frozen=True):
+class TensorType(msgspec.Struct, frozen=True, omit_defaults=True):
     """The type of an argument, a result or a scratch tensor."""
 
     dtype: str
     shape: tuple[Dim, ...]
+    tickets: bool = False
+
+    def restore(self) -> Tensor:
+        return (Tickets if self.tickets else Tensor)(getattr(torch, self.dtype), self.shape)
 
 
 class CheckedLaunch(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,7 +70,7 @@ class Check(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def restore(self) -> tuple[Call, Candidate]:
         """The call and the candidate that it was made from; a region is a function that interprets `reference`."""
-        tensors = {n: Tensor(getattr(torch, t.dtype), t.shape) for n, t in self.tensors.items()}
+        tensors = {n: t.restore() for n, t in self.tensors.items()}
         args = {n: tensors[n] if a.value == n else a.dim if a.dim is not None else value(a, _no_tensor, {}, _CPU) for n, a in self.arguments.items()}
         results, scratch = (tuple(t for n, t in tensors.items() if n.startswith(prefix)) for prefix in ("out.", "scratch."))
         region = InterpretedRegion(self) if self.returns else None
@@ -82,7 +86,7 @@ def describe(call: Call, steps: Steps, candidate: Candidate, kernels: Sequence[s
         op=call.op,
         steps=steps,
         arguments={n: Arg(value=n) if isinstance(a, Tensor) else _argument(n, a) for n, a in call.args.items()},
-        tensors={n: TensorType(_name(t.dtype), t.shape) for n, t in named.items()},
+        tensors={n: TensorType(_name(t.dtype), t.shape, isinstance(t, Tickets)) for n, t in named.items()},
         launches=tuple(
             CheckedLaunch(x.source.backend, kernel, tuple(_arg(o, call) for o in x.operands), tuple(Grid(d, b) for d, b in x.grid))
             for x, kernel in zip(candidate.launches, kernels, strict=True)

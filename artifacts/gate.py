@@ -10,7 +10,7 @@ import torch
 
 from ingot.ops import OPS
 from ingot.ops.dims import evaluate
-from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor
+from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tensor, Tickets
 from ingot.ops.library import CALLS
 from ingot.ops.quantize import LARGEST
 from ingot.ops.random_inputs import random_inputs, step_sizes
@@ -125,7 +125,8 @@ def bind(
 
 def _poisoned(tensor: Tensor, sizes: dict[str, int], device: torch.device) -> torch.Tensor:
     shape = [evaluate(d, sizes) for d in tensor.shape]
-    return torch.full(shape, float("nan") if tensor.dtype.is_floating_point else -7, dtype=tensor.dtype, device=device)
+    content = 0 if isinstance(tensor, Tickets) else float("nan") if tensor.dtype.is_floating_point else -7
+    return torch.full(shape, content, dtype=tensor.dtype, device=device)
 
 
 def states(call: Call) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     dtype: str  # as torch spells it: "bfloat16", "float32", "int32"
     shape: tuple[Dim, ...]
-    storage: Literal["input", "weight", "state", "arena"]
+    storage: Literal["input", "weight", "state", "arena", "tickets"]  # tickets: zeros before and after every entry, one memory for all of them
     root: str = ""  # "" when it is its own root
     strides: tuple[Dim, ...] | None = None
     offset: Dim = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -15,7 +15,7 @@ from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.ops import Graph, GraphError
 from ingot.ops.dims import Dim, evaluate
 from ingot.ops.graph import Region, op_of, target_name
-from ingot.ops.kernel import Call, Candidate, Operand, Steps
+from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tickets
 
 from .call import dtype_name
 from .outline import Outline, Step
@@ -40,8 +40,8 @@ class _Planner:
         self.values = dict(outline.values)
         self.entries: list[Entry] = []
 
-    def _fresh(self, name: str, dtype: str, shape: tuple[Dim, ...]) -> str:
-        self.values[name] = Value(name, dtype, shape, "arena")
+    def _fresh(self, name: str, dtype: str, shape: tuple[Dim, ...], storage: Literal["arena", "tickets"] = "arena") -> str:
+        self.values[name] = Value(name, dtype, shape, storage)
         return name
 
     def torch(self, step: Step, reason: str) -> None:
@@ -51,7 +51,10 @@ class _Planner:
         node, candidate = step.node, choice.candidate
         assert candidate is not None
         spec = op_of(node)
-        scratch = [self._fresh(f"{node.name}.scratch{i}", dtype_name(t.dtype), t.shape) for i, t in enumerate(candidate.scratch)]
+        scratch = [
+            self._fresh(f"{node.name}.scratch{i}", dtype_name(t.dtype), t.shape, "tickets" if isinstance(t, Tickets) else "arena")
+            for i, t in enumerate(candidate.scratch)
+        ]
         arguments = node.target.arguments if isinstance(node.target, Region) else spec.arguments
         given = {name: node.args[i] for i, name in enumerate(arguments) if i < len(node.args)} | dict(node.kwargs)
         contiguous: dict[str, str] = {}

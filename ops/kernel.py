@@ -4,8 +4,8 @@
     def rms_norm(call: Call, steps: Steps, target: Target) -> list[Candidate]: ...
 
 Every tensor that reaches a kernel is contiguous and 64-byte aligned (arena values and weights: 256); `page_table` rows
-are `P_<group>` apart. The exception: an operand with `rows`. Outputs and scratch are allocated by the plan and hold garbage before the launch. A candidate must
-be right for every step within `steps`, padding rows included (seq_len 0, slot −1).
+are `P_<group>` apart. The exception: an operand with `rows`. Outputs and scratch are allocated by the plan and hold garbage before the
+launch, `Tickets` apart. A candidate must be right for every step within `steps`, padding rows included (seq_len 0, slot −1).
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ class Tensor:
 
     dtype: torch.dtype
     shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Tickets(Tensor):
+    """Scratch, int32, of zeros: it is zero before a launch, and the launch leaves it so.
+
+    Programs that share a result draw numbers from it when they have done their part; the one that draws the last number finishes.
+    """
 
 
 @dataclass(frozen=True)

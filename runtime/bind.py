@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,22 @@ class BoundPlan:
             call()
 
 
+_TICKETS = "the tickets"  # no weight's or state's name
+
+
+def tickets(variants: Sequence[Variant], device: torch.device) -> dict[str, torch.Tensor]:
+    """The root that holds the tickets of all `variants`: entries run one after the other, and each leaves zeros to the next."""
+    sizes = [{"T": v.max_tokens, "S": v.max_seqs, "R": v.max_rows} for v in variants]
+    held = [(v, s) for variant, s in zip(variants, sizes, strict=True) for v in variant.values if v.storage == "tickets"]
+    most = max((math.prod(evaluate(d, s) for d in v.shape) for v, s in held), default=0)
+    return {_TICKETS: torch.zeros(most, dtype=torch.int32, device=device)}
+
+
 def bind(
     variant: Variant, sizes: Mapping[str, int], roots: Mapping[str, torch.Tensor], arena: torch.Tensor, kernels: Mapping[str, Loaded], device: torch.device,
     part: slice = slice(None), fixed: dict[str, torch.Tensor] | None = None,
 ) -> BoundPlan:  # fmt: skip
-    """Bind `variant` for a step of these `sizes`. `roots`: inputs (as large as they get), states and weights by name; `arena` is bytes.
+    """Bind `variant` for a step of these `sizes`. `roots`: inputs (as large as they get), states, weights and `tickets` by name; `arena` is bytes.
 
     `part`: of the entries, which. `fixed`: weights and states as plans see them, which all plans over the same `roots` can share.
     """
@@ -50,6 +62,8 @@ def bind(
 
     def base(root: Value) -> tuple[torch.Tensor, int]:
         """What a root lies in, and at which element."""
+        if root.storage == "tickets":
+            return roots[_TICKETS], 0
         if root.storage != "arena":
             return roots[root.name], int(roots[root.name].storage_offset())
         if root.dtype not in arenas:

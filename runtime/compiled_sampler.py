@@ -12,7 +12,7 @@ from ingot.artifacts.bound import Loaded
 from ingot.artifacts.plan import Variant
 
 from .batch import StepBatch, StepSize
-from .bind import BoundPlan, bind
+from .bind import BoundPlan, bind, tickets
 
 _BOUND = 128
 """Plans that stay bound; logits of a step size seen before cost no binding."""
@@ -25,6 +25,7 @@ class CompiledSampler:
         self._by_dtype = {next(v.dtype for v in variant.values if v.name == "logits"): variant for variant in variants}
         self._kernels, self._device = kernels, device
         self._arena = torch.empty(max(v.arena_bytes for v in self._by_dtype.values()), dtype=torch.uint8, device=device)
+        self._tickets = tickets(list(self._by_dtype.values()), device)
         self._bound: OrderedDict[tuple[int, torch.dtype, StepSize], BoundPlan] = OrderedDict()
 
     def __call__(self, logits: torch.Tensor, batch: StepBatch, buffer: torch.Tensor) -> torch.Tensor:
@@ -43,4 +44,4 @@ class CompiledSampler:
         variant = self._by_dtype[str(logits.dtype).removeprefix("torch.")]
         fields = {v.name: batch.fields[v.name] for v in variant.values if v.storage == "input" and v.name != "logits"}
         roots = {n: buffer[f.offset : f.offset + math.prod(f.shape)] for n, f in fields.items()}
-        return bind(variant, {"R": logits.shape[0]}, roots | {"logits": logits}, self._arena, self._kernels, self._device)
+        return bind(variant, {"R": logits.shape[0]}, roots | self._tickets | {"logits": logits}, self._arena, self._kernels, self._device)

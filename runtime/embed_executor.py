@@ -14,7 +14,7 @@ from ingot.artifacts.bound import load
 from ingot.artifacts.plan import Variant
 from ingot.artifacts.settings import settings
 
-from .bind import BoundPlan, bind
+from .bind import BoundPlan, bind, tickets
 from .executor import BOUND_PLANS, Progress
 
 
@@ -34,6 +34,7 @@ class EmbedExecutor:
         tokens, seqs = manifest.options.max_num_batched_tokens, manifest.options.max_num_seqs
         for name, size in (("input_ids", tokens), ("positions", tokens), ("cu_seqlens_q", seqs + 1), ("pooling", seqs)):
             self._roots[name] = torch.zeros(size, dtype=torch.int32, device=self._device)
+        self._roots |= tickets(self._variants, self._device)
         self._arena = torch.empty(max(v.arena_bytes for v in self._variants), dtype=torch.uint8, device=self._device)
         self._bound: OrderedDict[tuple[int, int], BoundPlan] = OrderedDict()
 

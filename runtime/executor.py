@@ -15,7 +15,7 @@ from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.plan import Variant
 
 from .batch import Sampled, StepBatch, StepLayout, StepSize
-from .bind import BoundPlan, bind
+from .bind import BoundPlan, bind, tickets
 from .compiled_sampler import CompiledSampler
 from .cuda_graph import capture
 from .kv_cache import GroupInfo
@@ -84,6 +84,7 @@ class Executor:
         for state in manifest.states:
             # zeros, so that no NaN of old memory meets a zero probability
             self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
+        self._roots |= tickets(forward, self.device)
         self._states = [[self._roots[s.name] for s in manifest.states if s.group == g] for g in groups]
         self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)

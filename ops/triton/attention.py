@@ -165,27 +165,36 @@ def attention_kernel(q, k_cache, v_cache, k_scale, v_scale, cu_seqlens_q, seq_le
 
 
 @triton.jit
-def combine_kernel(partial, lse, sinks, out, H: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    head = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * H + head
-    split = tl.arange(0, SPLITS)
+def combine(partial, lse, sinks, out, row, head, F: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr):
+    """One head of one token from its SPLITS partial results, CHUNK at a time, which need not come from this program."""
     f = tl.arange(0, BLOCK_F)
-    part = tl.load(lse + row * SPLITS + split)
+    part = tl.load(lse + row * SPLITS + tl.arange(0, SPLITS), cache_modifier=".cg")
     top = tl.max(part, 0)
     total = 0.0
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
-    weight = tl.exp2(part - tl.where(top == float("-inf"), 0.0, top))
-    total += tl.sum(weight, 0)
-    mask = (weight > 0.0)[:, None] & (f < F)[None, :]
-    values = tl.load(partial + (row * SPLITS + split)[:, None] * F + f[None, :], mask=mask, other=0.0)
-    acc = tl.sum(values * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    total += tl.sum(tl.exp2(part - origin), 0)
+    acc = tl.zeros([BLOCK_F], tl.float32)
+    for begin in tl.static_range(0, SPLITS, CHUNK):
+        split = row * SPLITS + begin + tl.arange(0, CHUNK)
+        weight = tl.exp2(tl.load(lse + split, cache_modifier=".cg") - origin)
+        mask = (weight > 0.0)[:, None] & (f < F)[None, :]
+        values = tl.load(partial + split[:, None] * F + f[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        acc += tl.sum(values * weight[:, None], 0)
+    acc /= tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * F + f, acc.to(out.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def combine_kernel(partial, lse, sinks, out, H: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head = tl.program_id(1)
+    combine(partial, lse, sinks, out, tl.program_id(0).to(tl.int64) * H + head, head, F, SPLITS, SPLITS, BLOCK_F)
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         if splits > 1:
             operands = {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "sinks": Operand(arg="sinks"), "out": Operand(out=0)}
             small = {"H": heads, "F": f, "SPLITS": splits, "BLOCK_F": block_f}
-            launches.append(launch(call, [combine_kernel], operands, small, ((tokens, 1), (heads, 1)), scratch=scratch))
+            launches.append(launch(call, [combine_kernel, combine], operands, small, ((tokens, 1), (heads, 1)), scratch=scratch))
         found.append(Candidate(f"{'decode' if decode else 'ragged'}_{t}" + (f"_split{splits}" if splits > 1 else ""), tuple(launches), scratch, rank))
     return found
 

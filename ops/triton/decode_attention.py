@@ -7,6 +7,7 @@ steps, so their way to L2 begins before this step's projection has ended.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ import triton.language as tl
 
 from ..chain import chain
 from ..dims import product
-from ..kernel import Call, Candidate, Operand, Steps, Tensor, claimants, claims
+from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants, claims
 from ..quantize import LARGEST
 from ..target import Target
 from .activations import tanh
-from .attention import MAX_SPLITS, PROGRAMS, combine_kernel
+from .attention import MAX_SPLITS, PROGRAMS, combine, combine_kernel
 from .kv_cache import CACHES, scale_constants
 from .prefetch import prefetch_rows
 from .quantize import row_scale, to_eight_bits
 from .rotary import rotation, style_constants
 from .source import FLOATS, launch, power_of_two, supported
+from .tickets import is_last
 
 
 @triton.jit
@@ -51,12 +53,15 @@ def eight_bit_row(h, static, head, dtype: tl.constexpr, STATIC: tl.constexpr, LA
 
 @triton.jit
 def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, k_static, v_static, slot_mapping, seq_lens, page_table,
-                            sinks, out, lse, num_columns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr,
-                            STATIC: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
+                            sinks, out, partial, lse, tickets, num_columns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
+                            PAGE: tl.constexpr, STATIC: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
                             STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
                             CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """With SPLITS > 1, `out` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2; see `combine_kernel`."""
+                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, CHUNK_S: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """With SPLITS > 1, `partial` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2.
+
+    With `tickets` [T, K], the last program of a kv head combines them to `out`.
+    """
     GROUP: tl.constexpr = H // K
     LOG2E: tl.constexpr = 1.4426950408889634
     if PDL:
@@ -164,25 +169,31 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
     if SPLITS > 1:
         at = at * SPLITS + split
         tl.store(lse + at, top + tl.log2(total), mask=valid)
-        valid = valid & (total > 0.0)
-    elif sinks is not None:
-        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
-        higher = tl.maximum(top, sink)
-        decay = tl.exp2(top - higher)
-        total = total * decay + tl.exp2(sink - higher)
-        acc *= decay[:, None]
-    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + at[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
+        acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(partial + at[:, None] * F + f[None, :], acc, mask=(valid & (total > 0.0))[:, None] & (f < F)[None, :])
+        if tickets is not None:  # noqa: SIM102 (decided when this is compiled)
+            if is_last(tickets + token * K + kv_head, SPLITS):
+                for mine in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+                    combine(partial, lse, sinks, out, token * H + mine, mine, F, SPLITS, CHUNK_S, BLOCK_F)
+    else:
+        if sinks is not None:
+            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
+            higher = tl.maximum(top, sink)
+            decay = tl.exp2(top - higher)
+            total = total * decay + tl.exp2(sink - higher)
+            acc *= decay[:, None]
+        acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + at[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
 
 
-TILES = ((64, 4, 3), (32, 4, 3), (32, 1, 3), (128, 4, 2), (64, 2, 4))  # keys a block, warps, pipeline stages
+TILES = ((64, 4, 3), (32, 4, 3), (128, 4, 2), (64, 2, 4))  # keys a block, warps, pipeline stages
 
 
 def _splits(steps: Steps, kv_heads: int) -> list[int]:
-    """Programs a (sequence, kv head): twice as many as fill the GPU, so that sequences of unlike lengths even out; or half of that."""
+    """Programs a (sequence, kv head): twice as many as fill the GPU, so that sequences of unlike lengths even out; a half, or a quarter of that."""
     wanted = max(1, 2 * PROGRAMS // (steps.max_seqs * kv_heads))
     most = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-    return [most, most // 2] if most > 1 else [1]
+    return [s for s in (most, most // 2, most // 4) if s > 1] or [1]
 
 
 def _in_one(call: Call, steps: Steps) -> list[Candidate]:
@@ -195,31 +206,40 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
     if not steps.exact or steps.max_num_new != 1 or qkv.dtype == torch.float32 or block_m * block_f > 64 * 256:
         return []
     inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "seq_lens", "page_table", "sinks")}
-    columns = {"num_columns": Operand(size=args["page_table"].shape[1])}
-    found = []
-    for rank, (splits, (block_n, warps, stages)) in enumerate((s, t) for s in _splits(steps, kv_heads) for t in TILES):
+    functions = [decode_attention_kernel, combine, is_last, eight_bit_row, row_scale, to_eight_bits, head_rows, rotation, prefetch_rows, tanh]
+
+    def one(splits: int, tile: tuple[int, int, int], apart: bool = False) -> Candidate:
+        """`apart`: partial results are combined by a launch of their own."""
+        block_n, warps, stages = tile
         constants: dict[str, Any] = {
             "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "EPS": args["eps"], "OFFSET": args["offset"], "SCALE": args["scale"],
             "WINDOW": args["window"], "CHUNK": args["chunk"], "SOFTCAP": args["softcap"], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e,
-            "BLOCK_F": block_f, "SPLITS": splits, "THREADS": 32 * warps,
+            "BLOCK_F": block_f, "SPLITS": splits, "CHUNK_S": min(splits, max(1, 1024 * warps // block_f)), "THREADS": 32 * warps,
         } | scale_constants(call) | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
-        functions = [decode_attention_kernel, eight_bit_row, row_scale, to_eight_bits, head_rows, rotation, prefetch_rows, tanh]
-        tile = f"n{block_n}_w{warps}_s{stages}"
+        scratch: tuple[Tensor, ...] = ()
+        results = {"out": Operand(out=0)}
+        if splits > 1:
+            parts = product(tokens, heads * splits)
+            scratch = (Tensor(torch.float32, (parts, f)), Tensor(torch.float32, (parts,)))
+            results = ({} if apart else results) | {"partial": Operand(scratch=0), "lse": Operand(scratch=1)}
+            if not apart:
+                scratch += (Tickets(torch.int32, (product(tokens, kv_heads),)),)
+                results["tickets"] = Operand(scratch=2)
+        constants |= {p: None for p in ("out", "partial", "lse", "tickets") if p not in results}
+        operands = inputs | results | {"num_columns": Operand(size=args["page_table"].shape[1])}
         grid = ((tokens, 1), (kv_heads, 1), (splits, 1))
-        if splits == 1:
-            operands = inputs | {"out": Operand(out=0)} | columns
-            one = launch(call, functions, operands, constants | {"lse": None}, grid, num_warps=warps, num_stages=stages)
-            found.append(Candidate(f"one_{tile}", (one,), rank=rank / 10))
-            continue
-        parts = product(tokens, heads * splits)
-        scratch = (Tensor(torch.float32, (parts, f)), Tensor(torch.float32, (parts,)))
-        operands = inputs | {"out": Operand(scratch=0), "lse": Operand(scratch=1)} | columns
-        first = launch(call, functions, operands, constants, grid, scratch=scratch, num_warps=warps, num_stages=stages)
-        combined = {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "sinks": Operand(arg="sinks"), "out": Operand(out=0)}
-        small = {"H": heads, "F": f, "SPLITS": splits, "BLOCK_F": block_f}
-        second = launch(call, [combine_kernel], combined, small, ((tokens, 1), (heads, 1)), scratch=scratch)
-        found.append(Candidate(f"one_{tile}_split{splits}", (first, second), scratch, rank / 10))
-    return found
+        launches = [launch(call, functions, operands, constants, grid, scratch=scratch, num_warps=warps, num_stages=stages)]
+        if apart:
+            combined = {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "sinks": Operand(arg="sinks"), "out": Operand(out=0)}
+            small = {"H": heads, "F": f, "SPLITS": splits, "BLOCK_F": block_f}
+            launches.append(launch(call, [combine_kernel, combine], combined, small, ((tokens, 1), (heads, 1)), scratch=scratch))
+        name = f"one_n{block_n}_w{warps}_s{stages}" + (f"_split{splits}" if splits > 1 else "") + ("_apart" if apart else "")
+        return Candidate(name, tuple(launches), scratch)
+
+    splits = _splits(steps, kv_heads)
+    found = [one(s, tile) for i, s in enumerate(splits) for tile in TILES[: 4 - i]]
+    found += [one(splits[0], TILES[0], apart=True)] if splits[0] > 1 else []
+    return [replace(c, rank=i / 20) for i, c in enumerate(found)]
 
 
 @claims("qkv_attention", "triton")

@@ -15,11 +15,12 @@ import triton.language as tl
 
 from ..chain import chain
 from ..dims import product
-from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claimants, claims
+from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants, claims
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import activate, tanh
 from .prefetch import prefetch_rows
 from .source import FLOATS, launch, most, power_of_two, rows, supported
+from .tickets import is_last
 
 PROGRAMS = 132
 """How many programs fill a GPU: the multiprocessors of an H100 or H200, near enough for the others."""
@@ -74,10 +75,23 @@ def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K:
 
 
 @triton.jit
-def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def store_tile(acc, bias, residual, out, at, n, mask, N: tl.constexpr):
+    """A tile of the product, float32, with what is added to it."""
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, PREFETCH: tl.constexpr,
                 THREADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """PREFETCH: bytes of each row of the weight to ask for while the predecessor ends."""
+    """PREFETCH: bytes of each row of the weight to ask for while the predecessor ends.
+
+    With SPLIT > 1 a program multiplies a part of K into `partial` [SPLIT, M, N], and the last one of a tile adds them up.
+    """
     # programs that run together share rows of x and of the weight in L2: walk the tiles in groups of GROUP rows
     tiles_m = tl.num_programs(0)
     tiles_n = tl.num_programs(1)
@@ -118,15 +132,18 @@ def gemm_kernel(x, weight, bias, residual, out, num_rows, N: tl.constexpr, K: tl
             up = tl.dot(h, v, up, input_precision=PRECISION)
     if ACT is not None:
         acc = activate(acc, ACT) * up
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     mask = (m < num_rows)[:, None] & (n < N)[None, :]
-    if residual is not None:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     if SPLIT > 1:
-        out += split * num_rows.to(tl.int64) * N
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+        apart = num_rows.to(tl.int64) * N
+        tl.store(partial + split * apart + at, acc, mask=mask)
+        if is_last(tickets + tile, SPLIT):
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for other in tl.static_range(SPLIT):
+                acc += tl.load(partial + other * apart + at, mask=mask, other=0.0, cache_modifier=".cg")
+            store_tile(acc, bias, residual, out, at, n, mask, N)
+    else:
+        store_tile(acc, bias, residual, out, at, n, mask, N)
 
 
 @triton.jit
@@ -164,10 +181,12 @@ class Tile:
         return self.stages * (self.m + weights * self.n) * self.k * itemsize
 
 
-# best first where the weight is narrow, last where it is very wide (an LM head): benchmarks/gpu_tiles.py
+# best first where the weight is narrow, last where it is very wide (an LM head); of up to 16 and 64 rows by benchmarks/gpu_tiles.py
 GEMV_TILES = ((4, 1024, 4), (2, 2048, 8), (4, 1024, 2), (2, 4096, 4), (4, 2048, 8), (4, 4096, 8), (8, 1024, 4))  # rows of the weight, columns, warps
 FEW_ROWS = (Tile(16, 16, 256, 4, 6), Tile(16, 32, 256, 4, 6), Tile(16, 64, 128, 4, 8), Tile(16, 32, 128, 4, 8), Tile(16, 64, 256, 4, 4))
+MORE_ROWS = (Tile(32, 32, 256, 4, 6), Tile(32, 32, 128, 4, 8), Tile(32, 16, 256, 4, 6), Tile(32, 64, 128, 4, 6), Tile(32, 64, 256, 4, 4))
 SOME_ROWS = (Tile(64, 32, 128, 4, 6), Tile(64, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 8), Tile(64, 64, 256, 4, 3))
+A_BATCH = (Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(128, 128, 64, 8, 4))
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
 WIDE = 256 * PROGRAMS
@@ -195,16 +214,22 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     if x.dtype == torch.float32:
         return list(EXACT[:1] if most_rows <= 16 else EXACT)
     # of deterministic steps one tile serves all: one that still streams the weight when rows are few
-    wanted = FEW_ROWS if most_rows <= 16 else SOME_ROWS if most_rows <= 64 or steps.deterministic else MANY_ROWS
+    by_rows = ((16, FEW_ROWS), (32, MORE_ROWS), (64, SOME_ROWS), (256, A_BATCH))
+    wanted = next((tiles for limit, tiles in by_rows if most_rows <= limit), SOME_ROWS if steps.deterministic else MANY_ROWS)
     tiles = fitted(wanted, x.dtype, weights, width, depth, target)
     if width >= WIDE:
         return tiles[::-1]
-    if weights == 2 or most_rows > 64:
+    if weights == 2 or most_rows > 256:
         return tiles
-    programs = -(-most_rows // tiles[0].m) * -(-width // tiles[0].n)
-    split = max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and depth >= 2 * s * tiles[0].k), default=1)
-    apart = [replace(tiles[0], split=split)] if split > 1 else []
-    return apart + tiles if programs <= PROGRAMS // 2 else tiles + apart
+    programs = [-(-most_rows // t.m) * -(-width // t.n) for t in tiles]
+    apart = [replace(t, split=_split(p, depth // t.k)) for t, p in zip(tiles[:3], programs, strict=False)]
+    apart = [t for t in apart if t.split > 1]
+    return apart + tiles if programs[0] <= PROGRAMS // 2 else tiles + apart
+
+
+def _split(programs: int, blocks: int) -> int:
+    """Parts of K that fill the GPU, up to twice, with programs of two blocks of K at least."""
+    return max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and blocks >= 2 * s), default=1)
 
 
 def _gemv(call: Call) -> list[Candidate]:
@@ -225,30 +250,24 @@ def _gemv(call: Call) -> list[Candidate]:
 def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     x, width, depth = call.args["x"], _width(call), call.args["weight"].shape[1]
     count = rows(x)
-    inputs = {p: Operand(arg=p) for p in ("x", "weight")}
-    addends = {p: Operand(arg=p) for p in ("bias", "residual") if p in call.args}
-    absent: dict[str, object] = {p: None for p in ("bias", "residual") if p not in call.args}
+    inputs = {p: Operand(arg=p) for p in ("x", "weight", "bias", "residual") if p in call.args} | {"out": Operand(out=0)}
     num_rows = {"num_rows": Operand(size=count)}
     found = []
     for i, t in enumerate(_tiles(call, steps, target, width, depth)):
         row_bytes = depth // t.split * x.dtype.itemsize
         ahead = min(row_bytes, PREFETCH_BYTES // t.n) if row_bytes % 16 == 0 and t.m <= 64 else 0
-        blocks = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split,
-                  "PREFETCH": ahead, "THREADS": 32 * t.warps, "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
-        functions, grid = [gemm_kernel, prefetch_rows, activate, tanh], ((count, t.m), (width, t.n), (t.split, 1))
         scratch: tuple[Tensor, ...] = ()
-        if t.split == 1:
-            operands = inputs | addends | {"out": Operand(out=0)} | num_rows
-            launches: tuple[Launch, ...] = (launch(call, functions, operands, absent | blocks, grid, num_warps=t.warps, num_stages=t.stages),)
-        else:
-            scratch = (Tensor(torch.float32, (product(count, t.split), width)),)
-            operands = inputs | {"out": Operand(scratch=0)} | num_rows
-            split = launch(call, functions, operands, {"bias": None, "residual": None} | blocks, grid, scratch=scratch,
-                           num_warps=t.warps, num_stages=t.stages)  # fmt: skip
-            combine = launch(call, [sum_splits_kernel], {"partial": Operand(scratch=0)} | addends | {"out": Operand(out=0)} | num_rows,
-                             absent | {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((count, 1), (width, 256)), scratch=scratch)  # fmt: skip
-            launches = (split, combine)
-        found.append(Candidate(f"gemm_{t}", launches, scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
+        shared: dict[str, Operand] = {}
+        if t.split > 1:
+            tiles = -(-most(count, steps) // t.m) * -(-width // t.n)
+            scratch = (Tensor(torch.float32, (product(count, t.split), width)), Tickets(torch.int32, (tiles,)))
+            shared = {"partial": Operand(scratch=0), "tickets": Operand(scratch=1)}
+        constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split,
+                     "PREFETCH": ahead, "THREADS": 32 * t.warps, "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
+        constants |= {p: None for p in ("bias", "residual", "partial", "tickets") if p not in inputs | shared}
+        functions, grid = [gemm_kernel, store_tile, is_last, prefetch_rows, activate, tanh], ((count, t.m), (width, t.n), (t.split, 1))
+        one = launch(call, functions, inputs | shared | num_rows, constants, grid, scratch=scratch, num_warps=t.warps, num_stages=t.stages)
+        found.append(Candidate(f"gemm_{t}", (one,), scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found
 
 
