@@ -85,7 +85,10 @@ def widen_bytes(codes, zero, scale, dtype: tl.constexpr, MIDDLE: tl.constexpr):
 @triton.jit
 def runs_of(row, begin, EACH: tl.constexpr, COUNT: tl.constexpr, RUNS: tl.constexpr):
     """Scales or zeros [N, RUNS] of the columns from `begin` on, at pointers row [N] to those of COUNT runs of EACH columns."""
-    return tl.load(row[:, None] + tl.minimum(begin // EACH + tl.arange(0, RUNS), COUNT - 1)[None, :])
+    if RUNS == 1:  # in one dimension, so that no layout of theirs stands against that of the codes
+        return tl.load(row + tl.minimum(begin // EACH, COUNT - 1))[:, None]
+    else:
+        return tl.load(row[:, None] + tl.minimum(begin // EACH + tl.arange(0, RUNS), COUNT - 1)[None, :])
 
 
 @triton.jit

@@ -66,26 +66,45 @@ class Tile:
         return f"n{self.n}_m{self.m}_k{self.k}_w{self.warps}_s{self.stages}" + (f"_split{self.split}" if self.split > 1 else "")
 
 
-def tiles(product: Product, wanted: Sequence[Tile]) -> list[Tile]:
-    """Those of `wanted` that fit in shared memory, as the product's groups and sizes let them be, best first."""
+@dataclass(frozen=True)
+class Tiles:
+    """Of a kernel, best first: for 16 rows of x, 64 and more, and the last two for gated products, whose tile has two weights."""
+
+    few: tuple[Tile, ...]
+    some: tuple[Tile, ...]
+    many: tuple[Tile, ...]
+    gated_some: tuple[Tile, ...]
+    gated_many: tuple[Tile, ...]
+
+    def of(self, product: Product) -> tuple[Tile, ...]:
+        if product.rows <= 16:
+            return self.few
+        if product.rows <= 64:
+            return self.gated_some if product.act else self.some
+        return self.gated_many if product.act else self.many
+
+
+def tiles(product: Product, wanted: Tiles) -> list[Tile]:
+    """Those that fit in shared memory, as the product's groups and sizes let them be, best first."""
     pieces, bits = 2 if product.act else 1, product.weights.bits
     group = product.x_group or product.weights.group
     x_bytes = 1 if product.codes is not None else product.x.dtype.itemsize
     found = []
-    for t in wanted:
+    for t in wanted.of(product):
         depth = CHUNK if bits == 4 else group or max(32, min(t.k, power_of_two(product.k)))
-        n = min(max(t.n // pieces, 64) if t.m >= 128 else t.n, max(32, power_of_two(product.width)))
+        n = min(t.n, max(32, power_of_two(product.width)))
         stage = depth * (pieces * n * bits // 8 + t.m * x_bytes)
         stages = min(t.stages * max(1, t.k // depth), SHARED_MEMORY_BYTES[product.target.isa] // stage, MAX_STAGES)
         if stages >= 2:
             found.append(replace(t, n=n, k=depth, stages=stages))
     found = list(dict.fromkeys(found))
-    if pieces == 2 or product.rows > 64:
+    if pieces == 2 or product.rows > 256:
         return found
     apart = []
+    enough = PROGRAMS if product.rows > 64 else 3 * PROGRAMS  # what splits cost grows with the rows
     for t in found[:2]:
         programs = -(-product.rows // t.m) * -(-product.width // t.n)
-        split = max((s for s in (2, 4, 8) if programs * s <= 3 * PROGRAMS and product.k >= 2 * s * t.k), default=1)
+        split = max((s for s in (2, 4, 8) if programs * s <= enough and product.k >= 2 * s * t.k), default=1)
         apart += [replace(t, split=split)] if split > 1 else []
     return apart + found if -(-product.width // found[0].n) <= PROGRAMS else found + apart
 

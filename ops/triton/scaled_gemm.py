@@ -11,14 +11,17 @@ import triton.language as tl
 from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
 from .prefetch import prefetch_rows
-from .quantized_gemm import Tile, gemm, store_tile, tile_at, tiles
+from .quantized_gemm import Tile, Tiles, gemm, store_tile, tile_at, tiles
 from .quantized_product import Product
 from .round_rows import rounded
 
-# best first; measured by benchmarks/gpu_quantized.py
-FEW_ROWS = (Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(32, 16, 256, 4, 4))
-SOME_ROWS = (Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5), Tile(64, 64, 256, 4, 3))
-MANY_ROWS = (Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3))
+TILES = Tiles(
+    few=(Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(32, 16, 256, 4, 4)),
+    some=(Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5), Tile(64, 64, 256, 4, 3)),
+    many=(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
+    gated_some=(Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5), Tile(64, 64, 256, 4, 3)),
+    gated_many=(Tile(128, 128, 128, 8, 4), Tile(64, 256, 128, 8, 4), Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3)),
+)
 
 
 @triton.jit
@@ -116,9 +119,8 @@ def scaled_gemms(product: Product) -> list[Candidate]:
     first, scratch = rounded(product)
     operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
     constants = product.constants("WORDS", "BITS", "MIDDLE") | {"X_SCALES": scratch[1].shape[1]}
-    wanted = FEW_ROWS if product.rows <= 16 else SOME_ROWS if product.rows <= 64 else MANY_ROWS
     functions = [scaled_gemm_kernel, multiply_codes]
-    return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in tiles(product, wanted)]
+    return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in tiles(product, TILES)]
 
 
 def library(product: Product) -> list[Candidate]:

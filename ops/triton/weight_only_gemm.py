@@ -11,13 +11,17 @@ import triton.language as tl
 from ..kernel import Candidate, Operand
 from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes, widen_nibbles
 from .prefetch import prefetch_rows
-from .quantized_gemm import Tile, gemm, store_tile, tile_at, tiles
+from .quantized_gemm import Tile, Tiles, gemm, store_tile, tile_at, tiles
 from .quantized_product import Product
 
-# best first
-FEW_ROWS = (Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(128, 16, 128, 8, 6))
-SOME_ROWS = (Tile(128, 64, 128, 4, 4), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5))
-MANY_ROWS = (Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 3), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
+TILES = Tiles(
+    few=(Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(128, 16, 128, 8, 6)),
+    some=(Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5), Tile(256, 64, 128, 8, 4)),
+    many=(Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4)),
+    gated_some=(Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 8, 4), Tile(64, 32, 128, 4, 5), Tile(128, 32, 128, 8, 4)),
+    gated_many=(Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5)),
+)
+"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`."""
 
 
 @triton.jit
@@ -116,8 +120,6 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
 
 
 def weight_only_gemms(product: Product) -> list[Candidate]:
-    rows = product.rows
     operands = {n: Operand(arg=n) for n in ("x", "weight", "scale", "zero")} | {"magic": Operand(const=MAGIC[product.x.dtype])}
     functions = [weight_only_gemm_kernel, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
-    wanted = FEW_ROWS if rows <= 16 else SOME_ROWS if rows <= 64 else MANY_ROWS
-    return [gemm(product, functions, operands, product.constants("X_GROUP"), t) for t in tiles(product, wanted)]
+    return [gemm(product, functions, operands, product.constants("X_GROUP"), t) for t in tiles(product, TILES)]
