@@ -98,7 +98,6 @@ def dequantize_kernel(weight, scale, zero, out, magic, N: tl.constexpr, K: tl.co
     """A program makes 128 columns of BLOCK_N rows of the weight [N, K]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = out.dtype.element_ty
     begin = tl.program_id(1) * 128
     EACH: tl.constexpr = GROUP if GROUP > 0 else 128  # of one scale, all is the last run
@@ -119,6 +118,8 @@ def dequantize_kernel(weight, scale, zero, out, magic, N: tl.constexpr, K: tl.co
         h = widen_bytes(tl.reshape(codes, [BLOCK_N * RUNS, 128 // RUNS]), None if z is None else tl.reshape(z, [BLOCK_N * RUNS, 1]),
                         tl.reshape(s, [BLOCK_N * RUNS, 1]), dtype, MIDDLE)  # fmt: skip
         h = tl.reshape(h, [BLOCK_N, 128])
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # whoever reads what lies there now
     k = begin + tl.arange(0, 128)
     tl.store(out + rows.to(tl.int64)[:, None] * K + k[None, :], h, mask=(k < K)[None, :] & (rows < N)[:, None])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ingot.ops.library
 import ingot.ops.triton
 from ingot.artifacts.gate import bind, relative, states
 from ingot.artifacts.launch_cuda import load
