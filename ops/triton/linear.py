@@ -146,23 +146,6 @@ def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: t
         store_tile(acc, bias, residual, out, at, n, mask, N)
 
 
-@triton.jit
-def sum_splits_kernel(partial, bias, residual, out, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * N + n
-    h = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLIT):
-        h += tl.load(partial + split * num_rows.to(tl.int64) * N + at, mask=n < N, other=0.0)
-    if bias is not None:
-        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if residual is not None:
-        h += tl.load(residual + at, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + at, h.to(out.dtype.element_ty), mask=n < N)
-
-
 @dataclass(frozen=True)
 class Tile:
     """Of a GEMM: block sizes, warps, pipeline stages, splits of K."""

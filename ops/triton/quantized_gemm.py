@@ -12,13 +12,14 @@ import triton.language as tl
 from triton import JITFunction
 
 from ..dims import product as product_of
-from ..kernel import Candidate, Launch, Operand, Tensor
+from ..kernel import Candidate, Launch, Operand, Tensor, Tickets
 from ..target import SHARED_MEMORY_BYTES
 from .activations import activate, tanh
-from .linear import PREFETCH_BYTES, PROGRAMS, sum_splits_kernel
+from .linear import PREFETCH_BYTES, PROGRAMS
 from .prefetch import prefetch_rows
 from .quantized_product import CHUNK, Product
 from .source import launch, power_of_two
+from .tickets import is_last
 
 MAX_STAGES = 8
 
@@ -36,19 +37,34 @@ def tile_at(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHT: tl.constexpr):
 
 
 @triton.jit
-def store_tile(h, u, bias, residual, out, n, m, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr):
-    """h [n, m], gated with u if there is ACT, with what is added → out [num_rows, N], or a split's part of it."""
-    if ACT is not None:
-        h = activate(h, ACT) * u
+def add_and_store(h, bias, residual, out, at, n, mask, N: tl.constexpr):
     if bias is not None:
         h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    mask = (m < num_rows)[None, :] & (n < N)[:, None]
     if residual is not None:
         h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if SPLIT > 1:
-        out += tl.program_id(2) * num_rows.to(tl.int64) * N
     tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_tile(h, u, bias, residual, out, partial, tickets, n, m, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr):
+    """h [n, m], gated with u if there is ACT, with what is added → out [num_rows, N].
+
+    With SPLIT > 1 h is a part of the sum: it goes to `partial` [SPLIT, num_rows, N], and the last program of a tile adds the parts up.
+    """
+    if ACT is not None:
+        h = activate(h, ACT) * u
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    mask = (m < num_rows)[None, :] & (n < N)[:, None]
+    if SPLIT > 1:
+        apart = num_rows.to(tl.int64) * N
+        tl.store(partial + tl.program_id(2) * apart + at, h, mask=mask)
+        if is_last(tickets + tl.program_id(0) + tl.program_id(1) * tl.num_programs(0), SPLIT):
+            h = tl.zeros(h.shape, tl.float32)
+            for other in tl.static_range(SPLIT):
+                h += tl.load(partial + other * apart + at, mask=mask, other=0.0, cache_modifier=".cg")
+            add_and_store(h, bias, residual, out, at, n, mask, N)
+    else:
+        add_and_store(h, bias, residual, out, at, n, mask, N)
 
 
 @dataclass(frozen=True)
@@ -111,23 +127,18 @@ def tiles(product: Product, wanted: Tiles) -> list[Tile]:
 
 def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[str, Operand], constants: Mapping[str, Any], t: Tile,
          before: tuple[Launch, ...] = (), scratch: tuple[Tensor, ...] = ()) -> Candidate:  # fmt: skip
-    """The candidate of a tile: the launches `before`, which leave `scratch`, a launch of the first of `functions`, and the sum of splits if there are any."""
+    """The candidate of a tile: the launches `before`, which leave `scratch`, and one of the first of `functions`."""
     tokens, width = product.tokens, product.width
     split_bytes = product.k // t.split * product.weights.bits // 8
     blocks = {"BLOCK_N": t.n, "BLOCK_M": t.m, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split, "THREADS": 32 * t.warps,
               "PREFETCH": min(split_bytes, PREFETCH_BYTES // t.n) if product.k % (CHUNK * t.split) == 0 and t.m <= 64 else 0, **constants}  # fmt: skip
-    addends = {n: Operand(arg=n) for n in ("bias", "residual")}
-    num_rows = {"num_rows": Operand(size=tokens)}
-    functions = [*functions, tile_at, store_tile, prefetch_rows, activate, tanh]
-    grid = ((tokens, t.m), (width, t.n))
-    if t.split == 1:
-        one = launch(product.call, functions, {**operands, **addends, "out": Operand(out=0), **num_rows}, blocks, grid, scratch=scratch,
-                     num_warps=t.warps, num_stages=t.stages)  # fmt: skip
-        return Candidate(f"gemm_{t}", (*before, one), scratch)
-    partial = Operand(scratch=len(scratch))
-    scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split), width)))
-    parts = launch(product.call, functions, {**operands, "out": partial, **num_rows}, blocks | {"bias": None, "residual": None}, (*grid, (t.split, 1)),
-                   scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
-    total = launch(product.call, [sum_splits_kernel], {"partial": partial} | addends | {"out": Operand(out=0)} | num_rows,
-                   {"N": width, "SPLIT": t.split, "BLOCK": 256}, ((tokens, 1), (width, 256)), scratch=scratch)  # fmt: skip
-    return Candidate(f"gemm_{t}", (*before, parts, total), scratch)
+    shared = {"partial": Operand(scratch=len(scratch)), "tickets": Operand(scratch=len(scratch) + 1)} if t.split > 1 else {}
+    if shared:
+        tiles = -(-product.rows // t.m) * -(-width // t.n)
+        scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split), width)), Tickets(torch.int32, (tiles,)))
+    else:
+        blocks |= {"partial": None, "tickets": None}
+    operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **shared, "num_rows": Operand(size=tokens)}
+    one = launch(product.call, [*functions, tile_at, finish_tile, add_and_store, is_last, prefetch_rows, activate, tanh], operands, blocks,
+                 ((tokens, t.m), (width, t.n), (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
+    return Candidate(f"gemm_{t}", (*before, one), scratch)

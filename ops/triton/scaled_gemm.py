@@ -11,7 +11,7 @@ import triton.language as tl
 from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
 from .prefetch import prefetch_rows
-from .quantized_gemm import Tile, Tiles, gemm, store_tile, tile_at, tiles
+from .quantized_gemm import Tile, Tiles, finish_tile, gemm, tile_at, tiles
 from .quantized_product import Product
 from .round_rows import rounded
 
@@ -39,7 +39,7 @@ def multiply_codes(acc, w, h, s, x_s):
 
 
 @triton.jit
-def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                        SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUP: tl.constexpr, X_SCALES: tl.constexpr, BLOCK_N: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr,
                        PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -111,7 +111,7 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, num_rows,
         by = tl.load(x_scale_row)[None, :]
         h *= by
         u *= by
-    store_tile(h, u, bias, residual, out, n, m, num_rows, N, SPLIT, ACT)
+    finish_tile(h, u, bias, residual, out, partial, tickets, n, m, num_rows, N, SPLIT, ACT)
 
 
 def scaled_gemms(product: Product) -> list[Candidate]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..kernel import Candidate, Operand
 from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes, widen_nibbles
 from .prefetch import prefetch_rows
-from .quantized_gemm import Tile, Tiles, gemm, store_tile, tile_at, tiles
+from .quantized_gemm import Tile, Tiles, finish_tile, gemm, tile_at, tiles
 from .quantized_product import Product
 
 TILES = Tiles(
@@ -41,10 +41,10 @@ def widen_tile(row, zero, scale, magic, begin, K: tl.constexpr, WORDS: tl.conste
 
 
 @triton.jit
-def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, num_rows, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
-                            BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr,
-                            BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, SPLIT: tl.constexpr,
-                            ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr,
+                            WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr,
+                            MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr,
+                            SPLIT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Scales and zeros of a group are asked for while the group before is multiplied."""
     dtype: tl.constexpr = x.dtype.element_ty
     WARPS: tl.constexpr = THREADS // 32
@@ -116,7 +116,7 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
         acc *= tl.load(scale_row).to(tl.float32)[:, None]
         if ACT is not None:
             up *= tl.load(up_scale_row).to(tl.float32)[:, None]
-    store_tile(acc, up, bias, residual, out, n, m, num_rows, N, SPLIT, ACT)
+    finish_tile(acc, up, bias, residual, out, partial, tickets, n, m, num_rows, N, SPLIT, ACT)
 
 
 def weight_only_gemms(product: Product) -> list[Candidate]:
