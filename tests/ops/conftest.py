@@ -1,11 +1,19 @@
 """What tests of kernels share."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ingot.ops.kernel import Call
+
+MEMORY_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +39,62 @@ def let_go() -> Callable[[Call, dict[str, Any]], dict[str, Any]]:
         return inputs | {"page_table": table, **pages}
 
     return let_go
+
+
+@dataclass
+class Interpreter:
+    """A process with Triton's interpreter; tensors travel through a file that both map."""
+
+    process: subprocess.Popen
+    memory: torch.Tensor
+    folder: Path
+
+    def kernel(self, source):
+        path = self.folder / f"{source.family}_{hash(source.text):x}.py"
+        path.write_text(source.text)
+        return Interpreted(self, source, path)
+
+
+@dataclass
+class Interpreted:
+    interpreter: Interpreter
+    source: object
+    path: Path
+
+    def bind(self, args, grid):
+        return lambda: self.run(args, grid)
+
+    def run(self, args, grid):
+        memory, end, named, placed = self.interpreter.memory, 0, {}, {}
+        for name, arg in zip(self.source.signature, args, strict=True):
+            named[name] = arg
+            if isinstance(arg, torch.Tensor):
+                known = arg.data_ptr(), arg.nbytes
+                if known not in placed:  # what one argument writes another may read
+                    placed[known] = arg, memory[end : end + arg.nbytes], end
+                    end += arg.nbytes + -arg.nbytes % 256
+                begin = placed[known][2]
+                named[name] = {"begin": begin, "end": begin + arg.nbytes, "dtype": str(arg.dtype).removeprefix("torch.")}
+        assert end <= MEMORY_BYTES
+        for tensor, place, _ in placed.values():
+            place.copy_(tensor.flatten().view(torch.uint8))
+        constants = self.source.constants | ({"PDL": False} if "PDL: tl.constexpr" in self.source.text else {})
+        job = {"path": str(self.path), "symbol": self.source.symbol, "constants": constants, "args": named, "grid": grid}
+        process = self.interpreter.process
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        failure = json.loads(process.stdout.readline() or '"the interpreter died"')
+        assert not failure, failure
+        for tensor, place, _ in placed.values():
+            tensor.copy_(place.view(tensor.dtype).view(tensor.shape))
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton")
+    memory = torch.from_file(str(folder / "memory"), shared=True, size=MEMORY_BYTES, dtype=torch.uint8)
+    script = Path(__file__).with_name("triton_interpreter.py")
+    command = [sys.executable, str(script), str(folder / "memory"), str(MEMORY_BYTES)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Interpreter(process, memory, folder)
+        process.stdin.close()

@@ -1,10 +1,6 @@
 """Every Triton family against its op's reference: in Triton's interpreter on a CPU, and as cubins where there is a GPU."""
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,64 +26,6 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
 TOLERANCE = {BF16: 6e-3, F16: 1e-3, F32: 2e-6}  # ‖out − ref‖ / ‖ref‖; rounding the result alone gives 2e-3, 3e-4, 3e-8
 QUANTIZED_TOLERANCE = 6e-3  # a value may lie on either side of a rounding
-MEMORY_BYTES = 32 << 20
-
-
-@dataclass
-class Interpreter:
-    """A process with Triton's interpreter; tensors travel through a file that both map."""
-
-    process: subprocess.Popen
-    memory: torch.Tensor
-    folder: Path
-
-    def kernel(self, source):
-        path = self.folder / f"{source.family}_{hash(source.text):x}.py"
-        path.write_text(source.text)
-        return Interpreted(self, source, path)
-
-
-@dataclass
-class Interpreted:
-    interpreter: Interpreter
-    source: object
-    path: Path
-
-    def bind(self, args, grid):
-        return lambda: self.run(args, grid)
-
-    def run(self, args, grid):
-        memory, end, named, placed = self.interpreter.memory, 0, {}, []
-        for name, arg in zip(self.source.signature, args, strict=True):
-            named[name] = arg
-            if isinstance(arg, torch.Tensor):
-                begin, end = end, end + arg.nbytes
-                placed.append((arg, memory[begin:end]))
-                named[name] = {"begin": begin, "end": end, "dtype": str(arg.dtype).removeprefix("torch.")}
-                end += -end % 256
-        assert end <= MEMORY_BYTES
-        for tensor, place in placed:
-            place.copy_(tensor.flatten().view(torch.uint8))
-        constants = self.source.constants | ({"PDL": False} if "PDL: tl.constexpr" in self.source.text else {})
-        job = {"path": str(self.path), "symbol": self.source.symbol, "constants": constants, "args": named, "grid": grid}
-        process = self.interpreter.process
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        failure = json.loads(process.stdout.readline() or '"the interpreter died"')
-        assert not failure, failure
-        for tensor, place in placed:
-            tensor.copy_(place.view(tensor.dtype).view(tensor.shape))
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
-    memory = torch.from_file(str(folder / "memory"), shared=True, size=MEMORY_BYTES, dtype=torch.uint8)
-    script = Path(__file__).with_name("triton_interpreter.py")
-    command = [sys.executable, str(script), str(folder / "memory"), str(MEMORY_BYTES)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Interpreter(process, memory, folder)
-        process.stdin.close()
 
 
 class Device:
