@@ -16,15 +16,18 @@ from .passes.fuse_glu import fuse_glu
 from .passes.fuse_norm_linear import fuse_norm_linear
 from .passes.fuse_residual import fuse_residual
 from .passes.fuse_rope_kv import fuse_rope_kv
+from .passes.fuse_router import fuse_router
 from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
 from .passes.quantize_linears import quantize_linears
+from .passes.straighten_experts import straighten_experts
 
 Pass = Callable[[Graph, Target], Graph]
 
 PIPELINE: tuple[Pass, ...] = (
     clean_views,  # first, so that patterns need not look through views
     fold_weight_views,  # weights are what they will be before anything merges them
+    straighten_experts,
     fuse_glu,  # before siblings merge: gate and up must lie in this order
     merge_siblings,
     fuse_rope_kv,  # needs the merged QKV
@@ -33,6 +36,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_add_norm,  # takes the residual sums that no linear could
     quantize_linears,  # needs the linears that will be
     fuse_norm_linear,  # of linears that stayed as they were
+    fuse_router,
     group_regions,  # last: what is still aten then, nothing else will compute
 )
 

@@ -8,6 +8,22 @@ from .dialect import op
 from .glu import ACTIVATIONS
 
 
+@op("route(Tensor logits, int k, bool softmax, bool renormalize, float scale, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=lambda logits, k, softmax, renormalize, scale, dtype: (logits.new_empty(*logits.shape[:-1], k, dtype=dtype),
+                                                                logits.new_empty(*logits.shape[:-1], k, dtype=torch.int64)), rowwise=True)  # fmt: skip
+def route(logits: torch.Tensor, k: int, softmax: bool, renormalize: bool, scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest of logits [..., X]: weights [..., k] of `dtype`, largest first, and ids [..., k] (int64); among equal ones the lower id comes first.
+
+    In float32: weights are the logits or, with `softmax`, their shares of the whole row; with `renormalize` these add up to `scale`.
+    """
+    exact = logits.float()
+    best, ids = (t[..., :k] for t in exact.sort(dim=-1, descending=True, stable=True))
+    weights = torch.exp(best - exact.logsumexp(-1, keepdim=True)) if softmax else best
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return (weights * scale).to(dtype), ids.contiguous()
+
+
 @op("grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor expert_ids, bool transposed) -> Tensor",
     fake=lambda x, weight, bias, expert_ids, transposed: x.new_empty(x.shape[0], weight.shape[2 if transposed else 1]), host_sync=True)  # fmt: skip
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert_ids: torch.Tensor, transposed: bool) -> torch.Tensor:

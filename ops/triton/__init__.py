@@ -19,6 +19,7 @@ FAMILIES = (
     "pooling",
     "quantized_linear",
     "rotary",
+    "routing",
     "sampling",
 )
 

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "linear_attention", "norm", "pooling", "quantized_linear",
-            "rotary", "state_space")  # fmt: skip
+FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "linear_attention", "moe", "norm", "pooling", "quantized_linear",
+            "rotary", "routing", "state_space")  # fmt: skip
 
 
 def load() -> None:

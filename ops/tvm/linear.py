@@ -58,7 +58,7 @@ def _script(v: Vectors, call: Call, max_rows: int, addends: list[str]) -> str:
     dtype = DTYPES[weight.dtype]
     (n, k), act = numbers(weight.shape), call.args.get("act")
     columns = n // 2 if act else n
-    tile = _Tile(v, dtype, k, columns, ("gate", "up") if act else ("sums",))
+    tile = Tile(v, dtype, k, columns, ("gate", "up") if act else ("sums",))
 
     results = [v.load("float32", f"{name}[t * {COLUMNS}]", str(COLUMNS)) for name in tile.sums]
     result = f"{v.call(act, results[0])} * {results[1]}" if act else results[0]
@@ -89,10 +89,11 @@ for task in T.parallel({-(-columns // COLUMNS)}):
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """GROUP weight rows, those of number `part` in a task, meet a group of x's rows: their products go to `sums`.
 
-    With a GLU, half of the weight rows are the gate's and half the up projection's, for the same columns.
+    With a GLU, half of the weight rows are the gate's and half the up projection's, for the same columns. `x_row` is where row t + m of x lies,
+    `weight_row` where a row of the weight does: column c's is number `step` · c, that of the up projection `up` more.
     """
 
     vectors: Vectors
@@ -100,34 +101,47 @@ class _Tile:
     k: int
     columns: int
     sums: tuple[str, ...]
+    x_row: str = "base + t + m"
+    weight_row: str = "{}"
+    step: int = 1
+    up: int | None = None  # None: `columns`
+    bias: str | None = None  # its dtype
 
     @property
     def width(self) -> int:
         """Columns of the result that are made at once."""
         return GROUP // len(self.sums)
 
-    def __call__(self, group: int, t: str) -> str:
+    def __call__(self, group: int, t: str, before: str = "") -> str:
+        """`before`: lines that find the rows of x."""
         v, step = self.vectors, self.vectors.step(self.dtype)
         whole, rest = self.k // step, self.k % step
-        lines = [f"t: T.let = {t}"]
+        lines = [f"t: T.let = {t}", *before.splitlines()]
         # One buffer a weight row: TVM keeps only small ones on the stack, from where LLVM takes them into registers.
         lines += [f'acc{r} = T.alloc_buffer(({group},), "{v.type}", scope="global")' for r in range(GROUP)]
         lines += [f"for m in T.unroll({group}):", *(f"    acc{r}[m] = {v.splat(0.0)}" for r in range(GROUP))]
         lines += [f"for k in T.serial({whole}):", indent(self._products(group, f"k * {step}", None), "    ")] if whole else []
         lines += [self._products(group, str(whole * step), str(rest))] if rest else []
         lines += [f"for m in T.unroll({group}):"]
-        for r in range(GROUP):
+        for r, row in enumerate(self._rows()):
             name, column = self.sums[r // self.width], r % self.width
-            lines.append(f"    {name}[(t + m) * {COLUMNS} + part * {self.width} + {column}] = {v.sum(f'acc{r}[m]')}")
+            bias = f" + {v.load_one(self.bias, f'bias[{row}]')}" if self.bias else ""
+            lines.append(f"    {name}[(t + m) * {COLUMNS} + part * {self.width} + {column}] = {v.sum(f'acc{r}[m]')}{bias}")
         return indent("\n".join(lines), "    ")
 
-    def _products(self, group: int, k: str, count: str | None) -> str:
-        v = self.vectors
+    def _rows(self) -> list[str]:
+        """Places of the GROUP rows of the weight."""
         columns = [f"first + part * {self.width} + {r % self.width}" for r in range(GROUP)]
         if self.columns % COLUMNS:
             columns = [f"T.min({column}, {self.columns - 1})" for column in columns]
-        rows = [f"{self.columns} + {column}" if r >= self.width else column for r, column in enumerate(columns)]
+        if self.step != 1:
+            columns = [f"{self.step} * ({column})" for column in columns]
+        up = self.columns if self.up is None else self.up
+        return [self.weight_row.format(f"{up} + {column}" if r >= self.width else column) for r, column in enumerate(columns)]
+
+    def _products(self, group: int, k: str, count: str | None) -> str:
+        v, rows = self.vectors, self._rows()
         ahead = PREFETCH_BYTES // BYTES[self.dtype]
         fetch = [] if count else [v.prefetch(f"weight[{row}, {k} + {ahead}]") for row in rows]
-        products = [f"    acc{r}[m] = {v.dot(self.dtype, f'acc{r}[m]', f'x[base + t + m, {k}]', f'weight[{row}, {k}]', count)}" for r, row in enumerate(rows)]
+        products = [f"    acc{r}[m] = {v.dot(self.dtype, f'acc{r}[m]', f'x[{self.x_row}, {k}]', f'weight[{row}, {k}]', count)}" for r, row in enumerate(rows)]
         return "\n".join([*fetch, f"for m in T.unroll({group}):", *products])

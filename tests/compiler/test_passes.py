@@ -70,6 +70,8 @@ EXPECTED = {
     "group_regions": {"linear": 1},
     "fold_weight_views": {"head_linear": 2},
     "clean_views": {},
+    "straighten_experts": {"grouped_linear": 1, "moe": 1},
+    "fuse_router": {"route": 3},
 }
 
 
@@ -94,5 +96,9 @@ def test_what_is_left(name: str) -> None:
         if spec is not None:
             ops[spec.name] = ops.get(spec.name, 0) + 1
     assert ops == EXPECTED[name]
+    if name == "straighten_experts":
+        layouts = {spec.name: n.args[-3:] for n in after.fx.nodes if (spec := op_of(n)) is not None}
+        assert layouts["grouped_linear"][-1] is False
+        assert layouts["moe"] == (True, False, False)  # gated
     if name == "clean_views":
         assert count(after) == 4  # heads, silu, rows again, sum

@@ -54,6 +54,8 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
         Call("moe", {"x": x, "expert_ids": Tensor(torch.int64, (T, 8)), "expert_weights": Tensor(dtype, (T, 8)), "w_in": Tensor(dtype, (128, 1536, hidden)),
                      "b_in": None, "w_out": Tensor(dtype, (128, hidden, 768)), "b_out": None, "act": "silu", "gated": True, "transposed": False,
                      "interleaved": False}, (x,)),
+        Call("route", {"logits": Tensor(dtype, (T, 128)), "k": 8, "softmax": True, "renormalize": True, "scale": 1.0, "dtype": dtype},
+             (Tensor(dtype, (T, 8)), Tensor(torch.int64, (T, 8)))),
         Call("qkv_attention", {"qkv": Tensor(dtype, (T, (h + k) * e + k * f)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, **cache,
                                "slot_mapping": slots, **batch, "sinks": None, "num_heads": h, "num_kv_heads": k, "style": "neox", "eps": 1e-6,
                                "offset": 0.0, "scale": e**-0.5, "window": 0, "chunk": 0, "softcap": 0.0,

@@ -480,6 +480,25 @@ def moe_cases():
     }
 
 
+def route_cases():
+    """Rows with many equal elements, negative zeros and infinities among them."""
+
+    def case(shape, k, softmax, renormalize, scale=1.0, dtype=None):
+        logits = (torch.randn(5, *shape, generator=torch.Generator().manual_seed(k)) * 4).round() / 2
+        logits[0] = 0.0
+        logits[0, ..., 1::2] = -0.0
+        logits[1, ..., 2:] = float("-inf")
+        args = {"logits": tensor(T, *shape), "k": k, "softmax": softmax, "renormalize": renormalize, "scale": scale, "dtype": dtype or F32}
+        return Case(args, (tensor(T, *shape[:-1], k, dtype=dtype or F32), tensor(T, *shape[:-1], k, dtype=torch.int64)), {"T": 5}, {"logits": logits})
+
+    return {
+        "mixtral": case((8,), 2, True, True),
+        "qwen3": case((128,), 8, True, False, dtype=BF16),
+        "groups": case((3, 5), 2, False, False),
+        "odd": case((300,), 7, True, True, 2.5, F16),
+    }
+
+
 CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
@@ -496,6 +515,7 @@ CASES = {
     "sample": sampling_cases(),
     "grouped_linear": grouped_linear_cases(),
     "moe": moe_cases(),
+    "route": route_cases(),
     "quantized_linear": quantized_linear_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
@@ -572,3 +592,22 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
         # what a launch hands to the next one is rounded too
         tolerance = QUANTIZED_TOLERANCE if call.args.get("k_scale") is not None else TOLERANCE[dtype]
         assert error(call, inputs, outputs, before) < tolerance * len(candidate.launches) ** 0.5, candidate.name
+
+
+def test_what_experts_make_of_a_row_does_not_depend_on_the_others(interpreter):
+    """Of deterministic steps: one token, and the same one among seventy."""
+    case = CASES["moe"]["few"]
+    call, target = case.call("moe", BF16), Target("cuda", "sm_90", "")
+    steps = replace(case.steps, max_tokens=70, deterministic=True)
+    candidate = CLAIMS["moe", "triton"][0](call, steps, target)[0]
+    inputs = {n: a for n, a in case.inputs(call, "cpu").items() if n in ("w_in", "w_out")}
+    x, ids = torch.randn(70, 72).bfloat16(), torch.rand(70, 6).argsort(-1)[:, :4]
+    weights = torch.rand(70, 4).bfloat16()
+    made = {}
+    for rows in (70, 1):
+        tokens = {"x": x[-rows:], "expert_ids": ids[-rows:], "expert_weights": weights[-rows:]}
+        values = {n: tokens.get(n, inputs.get(n, a)) for n, a in call.args.items()}
+        outputs, run = bind(candidate, call, values, {"T": rows}, [interpreter.kernel(launch.source) for launch in candidate.launches])
+        run()
+        made[rows] = outputs[0]
+    assert torch.equal(made[70][-1:], made[1])

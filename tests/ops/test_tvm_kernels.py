@@ -91,6 +91,35 @@ def _quantized() -> None:
         case("quantized_linear", steps, args | {"format": name, "layout": "tile16", "activation": activation, "n": n, **unnormalized}, rows(dtype, columns))
 
 
+def _experts() -> None:
+    """Every layout of rows, biases, experts without tokens; ids come from `_random`, some of them outside the table."""
+    for steps, dtype, experts, n, k, bias, ids in ((PREFILL, F32, 3, 21, 75, True, I64), (FEW, BF16, 7, 24, 64, False, I32)):
+        args = {"x": rows(dtype, k), "weight": weight(dtype, experts, n, k), "bias": weight(F32, experts, n) if bias else None}
+        case("grouped_linear", steps, args | {"expert_ids": rows(ids), "transposed": False}, rows(dtype, n))
+    for steps, dtype, experts, active, d, inner, act, gated, interleaved, bias in (
+        (PREFILL, F32, 3, 2, 21, 13, "silu", True, False, True),
+        (FEW, BF16, 7, 3, 40, 24, "gelu", True, True, True),
+        (PREFILL, BF16, 2, 1, 64, 32, "gelu_tanh", True, False, False),
+        (FEW, F16, 5, 4, 33, 10, "relu", False, False, True),
+    ):
+        width = 2 * inner if gated else inner
+        args = {"x": rows(dtype, d), "expert_ids": rows(I64, active), "expert_weights": rows(F32 if bias else dtype, active)}
+        args |= {"w_in": weight(dtype, experts, width, d), "b_in": weight(dtype, experts, width) if bias else None}
+        args |= {"w_out": weight(dtype, experts, d, inner), "b_out": weight(dtype, experts, d) if bias else None}
+        case("moe", steps, args | {"act": act, "gated": gated, "transposed": False, "interleaved": interleaved}, rows(dtype, d))
+
+
+def _routes() -> None:
+    for dtype, shape, k, softmax, renormalize, scale, result in (
+        (F32, (8,), 2, True, True, 1.0, F32),
+        (BF16, (130,), 8, True, False, 1.0, BF16),
+        (F32, (3, 5), 2, False, False, 1.0, F32),
+        (F16, (37,), 3, True, True, 2.5, F16),
+    ):
+        args = {"logits": rows(dtype, *shape), "k": k, "softmax": softmax, "renormalize": renormalize, "scale": scale, "dtype": result}
+        case("route", PREFILL, args, rows(result, *shape[:-1], k), rows(I64, *shape[:-1], k))
+
+
 def _norms() -> None:
     for dtype, shape, w, offset in ((F32, (75,), F32, 1.0), (BF16, (3, 24), None, 0.0), (F16, (64,), F32, 0.0), (BF16, (1030,), BF16, 0.0)):
         args = {"weight": weight(w, shape[-1]) if w else None, "eps": 1e-5, "offset": offset}
@@ -214,7 +243,7 @@ def _recurrences() -> None:
         case("wkv", steps, args | {"wkv_state": Tensor(F32, (SLOTS, 3, c)), **step}, rows(dtype, c))
 
 
-for define in (_linears, _quantized, _norms, _glus, _tables, _rotations, _writes, _attention, _pools, _recurrences):
+for define in (_linears, _quantized, _experts, _routes, _norms, _glus, _tables, _rotations, _writes, _attention, _pools, _recurrences):
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
@@ -289,12 +318,17 @@ def _random(name: str, arg: Any, call: Call, sizes: dict[str, int]) -> Any:
         low, high = RANGES[name]
         return (torch.rand(shape) * (high - low) + low).to(arg.dtype)
     if not arg.dtype.is_floating_point:
+        if name == "expert_ids":
+            return torch.randint(-1, call.args.get("w_in", call.args.get("weight")).shape[0] + 1, shape, dtype=arg.dtype)
         below = {"positions": 9000, "rows": sizes["T"], "ids": 99}[name]
         return torch.randint(0, below, shape, dtype=arg.dtype)
     return torch.randn(shape).to(arg.dtype)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    if not actual.dtype.is_floating_point and actual.dtype not in QUANTIZED:
+        assert torch.equal(actual, expected)
+        return
     if actual.dtype in QUANTIZED:  # a value may lie on either side of a rounding; steps of e4m3 are an eighth
         difference = (actual.float() - expected.float()).abs()
         assert (difference <= (1 if actual.dtype == torch.int8 else 0.126 * expected.float().abs())).all()
@@ -302,6 +336,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
         return
     difference = (actual.float() - expected).abs() / (expected.abs() + expected.square().mean().sqrt() + 1e-9)
     assert difference.max() <= TOLERANCE[actual.dtype]  # NaN compares false
+
+
+def garbage(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 99
 
 
 @pytest.mark.parametrize(("isa", "steps", "call"), EXAMPLES, ids=[f"{i}-{c.op}-{n}" for n, (i, _, c) in enumerate(EXAMPLES)])
@@ -315,11 +353,9 @@ def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels
         exact |= {n: exact[n].clone() for n in states}
         expected = op.reference(*exact.values())
         expected = expected if isinstance(expected, tuple) else () if expected is None else (expected,)
-        outputs = [torch.full(e.shape, float("nan"), dtype=r.dtype) for e, r in zip(expected, call.results, strict=True)]
+        outputs = [torch.full(e.shape, garbage(r.dtype), dtype=r.dtype) for e, r in zip(expected, call.results, strict=True)]
         tokens = {"T": next((len(v) for n, v in values.items() if isinstance(call.args[n], Tensor) and call.args[n].shape[0] == T), 0)}
-        scratch = [
-            torch.full([evaluate(d, tokens) for d in s.shape], float("nan") if s.dtype.is_floating_point else 99, dtype=s.dtype) for s in candidate.scratch
-        ]
+        scratch = [torch.full([evaluate(d, tokens) for d in s.shape], garbage(s.dtype), dtype=s.dtype) for s in candidate.scratch]
 
         def operand(o: Operand, values: dict[str, Any] = values, outputs: list[torch.Tensor] = outputs, scratch: list[torch.Tensor] = scratch) -> torch.Tensor:
             tensor = values[o.arg] if o.arg is not None else outputs[o.out] if o.out is not None else scratch[o.scratch or 0]
