@@ -90,19 +90,19 @@ class Outline:
             return
         if not isinstance(node.meta["val"], (torch.Tensor, tuple, list)):
             return  # a size: its users read it from the fake value
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.fakes[n] if n in self.fakes else n.meta["val"])
-        with self.graph.fake_mode:
-            fake = node.target(*args, **kwargs)
-        if self._alias(node, fake):
-            return
+        fake = node.meta["val"]
+        if op_of(node) is None:  # the dialect's own results are never views
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.fakes[n] if n in self.fakes else n.meta["val"])
+            with self.graph.fake_mode:
+                fake = node.target(*args, **kwargs)
+            if self._alias(node, fake):
+                return
         self.steps.append(Step(node, call_of(self.graph, node), tuple(self._outputs(node, fake))))
 
     def _alias(self, node: fx.Node, fake: Any) -> bool:
         """Whether every result shares the storage of an argument: then a view is all it takes."""
         results = fake if isinstance(fake, (tuple, list)) else [fake]
         sources = [n for n in node.all_input_nodes if n in self.fakes and isinstance(self.fakes[n], torch.Tensor)]
-        if op_of(node) is not None:
-            return False
         names = []
         for i, result in enumerate(results):
             source = next((n for n in sources if torch._C._is_alias_of(result, self.fakes[n])), None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ingot.ops import Graph
+from ingot.ops.garbage import uncollected
 from ingot.ops.target import Target
 
 from .passes.clean_views import clean_views
@@ -41,6 +42,7 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
+@uncollected()
 def lower(graph: Graph, target: Target, dump: Path | None = None) -> tuple[Graph, dict[str, int]]:
     """Run PIPELINE; also the number of calls after each pass. With `dump`, the graph goes to `<dump>/<nn>_<pass>.txt`."""
     graph.verify()

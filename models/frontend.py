@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ingot.ops import Graph, Recipe, Weight
+from ingot.ops.garbage import uncollected
 
 from . import encoders
 from .canonical import canonicalize, gather_logits_rows
@@ -90,6 +91,7 @@ def build(config: transformers.PreTrainedConfig, dtype: torch.dtype, device: str
     return model
 
 
+@uncollected()
 def trace(
     config: transformers.PreTrainedConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, page_size: int = 16, kv_calibrated: bool = False
 ) -> Graph:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from . import formats
 from .dialect import OPS
@@ -178,6 +179,8 @@ class Graph:
     symbols: dict[str, str] = field(default_factory=dict)  # name of the symbol in meta["val"] sizes ("s77") → "T", "S", …
     num_results: int = 1
     entry_point: str = "forward"
+    _fakes: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # results of fake rules by target and types of arguments
+    _dims: dict[Any, Dim] = field(default_factory=dict, repr=False, compare=False)  # linear forms by expression
 
     def copy(self) -> Graph:
         """A graph whose nodes may be changed without touching this one."""
@@ -203,9 +206,14 @@ class Graph:
         """A size of a fake tensor as a linear form over step sizes; GraphError when it is not one."""
         if isinstance(size, int):
             return size
+        expr = size.node.expr
+        if expr not in self._dims:
+            self._dims[expr] = self._linear(expr)
+        return self._dims[expr]
+
+    def _linear(self, expr: Any) -> Dim:
         import sympy
 
-        expr = size.node.expr
         if expr.is_Integer:
             return int(expr)
         poly = sympy.Poly(expr, *sorted(expr.free_symbols, key=str))
@@ -247,10 +255,16 @@ class Graph:
         return node
 
     def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """The fake result of a call whose arguments are nodes."""
+        """The fake result of a call whose arguments are nodes. Calls with arguments of the same types share it: a model's layers are alike."""
         values, kw = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+        key = (target, _type_of(values), _type_of(kw))
+        if key in self._fakes:
+            return self._fakes[key]
         with self.fake_mode:
-            return target(*values, **kw)
+            result = target(*values, **kw)
+        if not free_unbacked_symbols(result):  # a size that depends on data is this call's own
+            self._fakes[key] = result
+        return result
 
     def run(self, values: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Interpret with the references: placeholder values by name → (results, new states)."""
@@ -322,6 +336,20 @@ class Graph:
             return type(value).__name__
         sizes = ", ".join(show(self.dim(s)) for s in value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def _type_of(value: Any) -> Any:
+    """What a fake rule may see of an argument, hashable: equal for arguments that are alike."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return value.dtype, value.device, tuple(s if isinstance(s, int) else s.node.expr for s in sizes)
+    if isinstance(value, (list, tuple)):
+        return list, *map(_type_of, value)
+    if isinstance(value, dict):
+        return dict, *((k, _type_of(v)) for k, v in value.items())
+    if isinstance(value, torch.SymInt):
+        return torch.SymInt, value.node.expr
+    return type(value), value  # 1, 1.0 and True are equal, and promote differently
 
 
 def consumed(node: fx.Node) -> list[int]:

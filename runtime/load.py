@@ -14,6 +14,7 @@ from ingot.artifacts.files import ArtifactError, read
 from ingot.artifacts.gate_record import refuse_failed
 from ingot.artifacts.manifest import MANIFEST, decode
 from ingot.artifacts.settings import settings
+from ingot.ops.garbage import uncollected
 from ingot.ops.target import check_runs_here
 
 from .embedder import Embedder
@@ -31,6 +32,7 @@ def load_served(path: Path | str, options: EngineOptions, progress: Progress = l
     return load_engine(path, options, progress)
 
 
+@uncollected()
 def load_engine(path: Path | str, options: EngineOptions, progress: Progress = lambda stage, done: None) -> Engine:
     """Open the artifact at `path` and make it ready: nothing is compiled, captured or allocated after this returns.
 

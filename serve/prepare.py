@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from ingot.ops.cuda import make_context
+from ingot.ops.garbage import uncollected
 
 from .process import Stages
 
@@ -13,6 +14,7 @@ def prepare(stages: Stages) -> None:
     """Make the GPU's context in a thread, which takes long and needs nothing imported, and import torch meanwhile."""
     threading.Thread(target=make_context, daemon=True).start()
     stages.enter("import torch")
-    import torch  # noqa: F401
+    with uncollected():
+        import torch  # noqa: F401
 
     stages.enter("import Ingot")
