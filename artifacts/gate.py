@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,10 +37,13 @@ def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, 
     loaded: dict[str, Loaded] = {k.name: load(k, artifact.path(k.file)) for k in artifact.manifest.kernels}
     errors: dict[str, float] = dict.fromkeys(loaded, 0.0)
     failed: dict[str, str] = {}
-    for i, check in enumerate(checks):
+    restored = sorted(((check, *check.restore()) for check in checks), key=lambda c: repr(c[1]))
+    trials: Trials | None = None
+    for i, (check, call, candidate) in enumerate(restored):
         progress(i, len(checks))
-        call, candidate = check.restore()
-        worst = Trial(call, check.steps, device).error(candidate, [loaded.get(x.kernel) for x in check.launches])
+        if trials is None or repr(call) != repr(trials.call):
+            trials = Trials(call, device)
+        worst = trials.of(check.steps).error(candidate, [loaded.get(x.kernel) for x in check.launches])
         for kernel in check.kernels:
             errors[kernel] = max(errors[kernel], worst)
             if worst > tolerance(call):
@@ -50,14 +54,29 @@ def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, 
     return record
 
 
+class Trials:
+    """Of one call in several ranges of steps. What a step has no part in, weights above all, is drawn and widened once."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self.call, self._device = call, device
+        self._fixed = [n for n, a in call.args.items() if isinstance(a, Tensor) and all(isinstance(d, int) for d in a.shape)]
+        self._drawn: dict[str, torch.Tensor] = {}
+        self._exact: dict[str, torch.Tensor] = {}
+
+    def of(self, steps: Steps) -> Trial:
+        """The trial of steps that a variant may see."""
+        inputs, sizes = arguments(self.call, steps, self._device, _TOKENS, sum(map(ord, self.call.op)), drawn=self._drawn)
+        exact = {n: self._exact[n] if n in self._exact else _widened(v) for n, v in inputs.items()}
+        self._drawn, self._exact = ({n: values[n] for n in self._fixed} for values in (inputs, exact))
+        return Trial(self.call, inputs, exact, sizes)
+
+
 class Trial:
     """One call over a small ragged step of random inputs: any number of candidates, compared with what the reference computed once."""
 
-    def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
-        self.call = call
-        self._inputs, self._sizes = arguments(call, steps, device, _TOKENS, seed=sum(map(ord, call.op)))
+    def __init__(self, call: Call, inputs: dict[str, Any], exact: dict[str, Any], sizes: dict[str, int]) -> None:
+        self.call, self._inputs, self._sizes = call, inputs, sizes
         changed = states(call)
-        exact = {n: v.float() if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE else v for n, v in self._inputs.items()}
         exact = {n: v.clone() if n in changed else v for n, v in exact.items()}
         results = (OPS[call.op].reference if call.region is None else call.region)(*exact.values())
         self._expected: list[torch.Tensor] = list(results) if isinstance(results, tuple) else [] if results is None else [results]
@@ -72,16 +91,24 @@ class Trial:
         return max(relative(actual, expected) for actual, expected in pairs)
 
 
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in TOLERANCE else value
+
+
 def tolerance(call: Call) -> float:
     """The error that a kernel for this call may have: that of the coarsest floating dtype among arguments and results."""
     dtypes = {t.dtype for t in (*call.args.values(), *call.results) if isinstance(t, Tensor)}
     return TOLERANCE[next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)]
 
 
-def arguments(call: Call, steps: Steps, device: torch.device, tokens: int, seed: int, context: int = 80) -> tuple[dict[str, Any], dict[str, int]]:
-    """Random arguments of a step of about `tokens` tokens after up to `context` cached ones a sequence, and its sizes, those of the groups included."""
+def arguments(
+    call: Call, steps: Steps, device: torch.device, tokens: int, seed: int, context: int = 80, drawn: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Random arguments of a step of about `tokens` tokens after up to `context` cached ones a sequence, those `drawn` as they are; and its sizes,
+    those of the groups included.
+    """
     sizes = step_sizes(steps, tokens)
-    inputs = random_inputs(call, steps, sizes, device, seed, context)
+    inputs = random_inputs(call, steps, sizes, device, seed, context, drawn)
     for name, arg in call.args.items():
         for d, n in zip(getattr(arg, "shape", ()), getattr(inputs[name], "shape", ()), strict=True):
             if isinstance(d, dict) and len(d) == 1 and not d.keys() & {"T", "S", "R"}:
@@ -143,8 +170,13 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
         actual, expected = actual.float(), expected.float()
     if not actual.dtype.is_floating_point:
         return 0.0 if torch.equal(actual.long(), expected.long()) else float("inf")
+    distance = _distance(actual, expected)
+    if math.isfinite(distance):  # then every element is
+        return distance
     finite = torch.isfinite(expected)
-    if not torch.equal(torch.isfinite(actual), finite):
-        return float("inf")
-    a, b = actual[finite].double(), expected[finite].double()
+    return _distance(actual[finite], expected[finite]) if torch.equal(torch.isfinite(actual), finite) else float("inf")
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    a, b = actual.double(), expected.double()
     return float((a - b).norm() / (b.norm() + 1e-30))

@@ -88,7 +88,7 @@ def main() -> None:
     results = {}
     for name, call, steps, found in todo:
         times: dict[str, float] = {}
-        trial, watch = gate.Trial(call, steps, device), Stopwatch(call, steps, device)
+        trial, watch = gate.Trials(call, device).of(steps), Stopwatch(call, steps, device)
         for candidate in found:
             loaded = [None if launch.source.backend == "torch" else emitted[launch.source] for launch in candidate.launches]
             worst = trial.error(candidate, loaded)

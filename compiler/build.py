@@ -29,12 +29,13 @@ from ingot.models.frontend import architecture, entry_point, trace
 from ingot.models.quantization import method_of
 from ingot.ops import OPS, Graph
 from ingot.ops.errors import IngotError
+from ingot.ops.garbage import uncollected
 from ingot.ops.target import Target, here, resolve
 
 from . import embedding
 from .calibration import calibrate, windows
 from .call import dtype_name
-from .codegen import triton
+from .codegen import triton, tvm
 from .codegen.emit import Emitter
 from .inputs import Inputs, inputs_of, sha256
 from .outline import Outline
@@ -42,7 +43,7 @@ from .pipeline import count, lower
 from .plan import plan
 from .quantization import Request, choose_as, choose_online, dequantized, layers, num_elements, quantize_weights, with_activations
 from .sampling import sampling_programs
-from .select import Selection, select
+from .select import Program, select
 from .tuning import Table, table_for
 from .variants import VariantSpec, embed_variants, page_size, variants
 from .weights import bind, described, pack
@@ -198,18 +199,14 @@ class Job:
         done("prepare")
         scratch = Path(tempfile.mkdtemp(prefix="calibrated-", dir=writer.folder))  # what a kill leaves there, gc removes
         graph, counts = self.lowered(progress, done, scratch)
-        specs = self.specs()
         with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder:  # what a kill leaves there, gc removes
             emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
             device = None if self.defer_gate else device_for(self.target)
-            programs = [(Outline.of(g), s) for g, s in [(graph, specs), *self.sampling(graph)]]
+            programs = self.programs(graph)
             done("outline")
-            selection = Selection()
-            for outline, of_it in programs:
-                selection.add(select(outline.graph, outline.calls, of_it, self.target, emitted, device,
-                                     lambda n, of: progress("select and gate", n / max(of, 1)), self.table, measure=self.measure))  # fmt: skip
-            done("kernels")
-            planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for outline, of_it in programs for s in of_it)
+            selection = select([p for _, p in programs], self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)),
+                               self.table, measure=self.measure, done=done)  # fmt: skip
+            planned = (plan(outline, s.steps, s.name, selection.choose(s.steps), capture=s.capture) for outline, p in programs for s in p.specs)
             plans = [v if _capturable(v) else msgspec.structs.replace(v, capture=()) for v in planned if not v.decodes or _capturable(v)]
             if self.options.deterministic:
                 _check_deterministic(plans, self.target)
@@ -268,8 +265,7 @@ class Job:
 
         Weights are calibrated when there is a folder for what is found; the graph's calls are the same without.
         """
-        if self.target.kind == "cuda":
-            triton.warm_up()
+        (triton if self.target.kind == "cuda" else tvm).warm_up()
         progress("trace", 0.0)
         method, kv_cache = method_of(self.source.config), self.options.kv_cache_dtype
         traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),
@@ -296,6 +292,12 @@ class Job:
         """The variants that the artifact gets."""
         made = embed_variants if self.entry_point == "embed" else variants
         return made(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
+
+    @uncollected()
+    def programs(self, graph: Graph) -> list[tuple[Outline, Program]]:
+        """Every graph of the artifact with its variants: the lowered one, and what samples from its logits."""
+        outlines = [(Outline.of(g), specs) for g, specs in [(graph, self.specs()), *self.sampling(graph)]]
+        return [(outline, Program(outline.graph, outline.calls, specs)) for outline, specs in outlines]
 
     def sampling(self, graph: Graph) -> list[tuple[Graph, list[VariantSpec]]]:
         """The entry point `sample`, on a GPU: a CPU's sampler decides by what it finds, which a plan cannot."""

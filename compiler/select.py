@@ -7,7 +7,7 @@ inputs (the table is one) give equal artifacts wherever they are compiled.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,16 +40,8 @@ class Selection:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # microseconds of each candidate that passed
     tuned: dict[str, Tuned] = field(default_factory=dict)  # entries for a tuning table, of what was measured
 
-    def add(self, other: Selection) -> None:
-        """Take in what was chosen for another graph."""
-        for known, more in ((self.choices, other.choices), (self.kernels, other.kernels), (self.measured, other.measured), (self.tuned, other.tuned)):
-            known.update(more)  # type: ignore[attr-defined]
-        self.errors = {k: max(self.errors.get(k, 0.0), other.errors.get(k, 0.0)) for k in (*self.errors, *other.errors)}
-        self.checks += other.checks
-        self.rejected += other.rejected
-
     def choose(self, steps: Steps) -> Callable[[Call], Choice]:
-        return lambda call: self.choices[_key(call, steps)]
+        return lambda call: self.choices[repr(call), steps]
 
 
 def candidates(call: Call, steps: Steps, target: Target) -> list[Candidate]:
@@ -64,33 +56,39 @@ def load_families(target: Target) -> None:
     importlib.import_module(f"ingot.ops.{'triton' if target.kind == 'cuda' else 'tvm'}").load()
 
 
-def _key(call: Call, steps: Steps) -> tuple[str, Steps]:
-    return repr(call), steps
-
-
 Emit = Callable[[Iterable[Source]], dict[Source, tuple[Kernel, Loaded | None]]]
 """Compiles sources: the kernel as the artifact records it, and the loaded function when this machine can run it."""
 
 
-def select(graph: Graph, calls: Iterable[Call], specs: Sequence[VariantSpec], target: Target, emit: Emit, device: torch.device | None,
-           progress: Callable[[int, int], None], table: Table, *, measure: bool = False) -> Selection:  # fmt: skip
-    """Choose for every one of `graph`'s `calls` in every variant. `device`: where kernels are gated, and on a GPU timed; None defers it.
-    `measure`: on a CPU too.
+@dataclass(frozen=True)
+class Program:
+    """A graph's calls, and the variants in which they are computed."""
+
+    graph: Graph
+    calls: Sequence[Call]
+    specs: Sequence[VariantSpec]
+
+
+def select(programs: Iterable[Program], target: Target, emit: Emit, device: torch.device | None, progress: Callable[[int, int], None], table: Table,
+           *, measure: bool = False, done: Callable[[str], None] = lambda stage: None) -> Selection:  # fmt: skip
+    """Choose for every call in every variant. `device`: where kernels are gated, and on a GPU timed; None defers it. `measure`: on a CPU too.
+    `done` is told when a stage ends.
 
     Equal calls are one: the layers of a model differ in their weights alone. Raises `GateError` when a generated kernel was claimed
     and none of the claimants agrees with the reference.
     """
     load_families(target)
-    unique = list({repr(call): call for call in calls}.values())
-    selector = _Selector(graph, target, emit, device, table, device is not None and (measure or device.type == "cuda"))
-    return selector.run([(call, spec.steps) for spec in specs for call in unique], progress)
+    selector = _Selector(target, emit, device, table, device is not None and (measure or device.type == "cuda"))
+    return selector.run(programs, progress, done)
 
 
 @dataclass
 class _Wanted:
     """A call of a variant, all candidates for it, and those that come into question, with the reason where it is one."""
 
+    graph: Graph
     call: Call
+    name: str  # the call, spelled out
     steps: Steps
     found: list[Candidate]
     tried: list[Candidate]
@@ -101,40 +99,51 @@ _Use = tuple[str, bool, str, tuple[Source, ...]]
 """A candidate of a call in any variant, of those with and without padding apart."""
 
 
-def _use(call: Call, steps: Steps, candidate: Candidate) -> _Use:
-    return repr(call), steps.exact, candidate.name, tuple(launch.source for launch in candidate.launches)
+def _use(w: _Wanted, candidate: Candidate) -> _Use:
+    return w.name, w.steps.exact, candidate.name, tuple(launch.source for launch in candidate.launches)
 
 
 class _Selector:
-    def __init__(self, graph: Graph, target: Target, emit: Emit, device: torch.device | None, table: Table, measures: bool) -> None:
-        self.graph, self.target, self.emit, self.device, self.table, self.measures = graph, target, emit, device, table, measures
+    def __init__(self, target: Target, emit: Emit, device: torch.device | None, table: Table, measures: bool) -> None:
+        self.target, self.emit, self.device, self.table, self.measures = target, emit, device, table, measures
         self.selection = Selection()
         self.emitted: dict[Source, tuple[Kernel, Loaded | None]] = {}
         self.uses: dict[_Use, list[Steps]] = {}
         self.gated: dict[_Use, float] = {}
+        self.trials: gate.Trials | None = None  # of the call that is gated now
 
-    def run(self, pairs: Sequence[tuple[Call, Steps]], progress: Callable[[int, int], None]) -> Selection:
-        wanted = [self._wanted(call, steps) for call, steps in pairs]
+    def run(self, programs: Iterable[Program], progress: Callable[[int, int], None], done: Callable[[str], None]) -> Selection:
+        wanted = [w for program in programs for w in self._all_wanted(program)]
         for w in wanted:
             for c in w.tried:
-                self.uses.setdefault(_use(w.call, w.steps, c), []).append(w.steps)
+                self.uses.setdefault(_use(w, c), []).append(w.steps)
+        done("select")
         self._emit(c for w in wanted for c in w.tried)
-        for i, w in enumerate(wanted):
+        done("compile kernels")
+        choices = self.selection.choices
+        for i, w in enumerate(sorted(wanted, key=lambda w: w.name)):  # call by call: their weights are drawn once
             progress(i, len(wanted))
-            choice = self.selection.choices[_key(w.call, w.steps)] = self._choose(w)
-            if (check := _check(self.graph, w.call, w.steps, choice)) is not None:
-                self.selection.checks.append(check)
+            choices[w.name, w.steps] = self._choose(w)
+        checks = (_check(w.graph, w.call, w.steps, choices[w.name, w.steps]) for w in wanted)
+        self.selection.checks = [c for c in checks if c is not None]
         progress(len(wanted), len(wanted))
+        done("gate")
         return self.selection
 
-    def _wanted(self, call: Call, steps: Steps) -> _Wanted:
-        found = candidates(call, steps, self.target)
+    def _all_wanted(self, program: Program) -> Iterator[_Wanted]:
+        unique = {repr(call): call for call in program.calls}
+        for spec in program.specs:
+            for name, call in unique.items():
+                found = candidates(call, spec.steps, self.target)
+                yield _Wanted(program.graph, call, name, spec.steps, found, *self._tried(call, spec.steps, found))
+
+    def _tried(self, call: Call, steps: Steps, found: list[Candidate]) -> tuple[list[Candidate], str]:
         if len(found) <= 1:
-            return _Wanted(call, steps, found, found, "only claimant")
+            return found, "only claimant"
         if (hit := self.table.find(call, steps, found)) is not None:
             candidate, entry = hit
-            return _Wanted(call, steps, found, [candidate], f"fastest of {len(found)} in the tuning table {self.table.name}, {entry.us:g} µs")
-        return _Wanted(call, steps, found, found if self.measures else found[:1], f"first of {len(found)} by rank")
+            return [candidate], f"fastest of {len(found)} in the tuning table {self.table.name}, {entry.us:g} µs"
+        return found if self.measures else found[:1], f"first of {len(found)} by rank"
 
     def _emit(self, wanted: Iterable[Candidate]) -> None:
         sources = {launch.source: None for c in wanted for launch in c.launches if launch.source.backend != "torch"}
@@ -156,24 +165,29 @@ class _Selector:
         if not passed:
             raise GateError(f"no kernel for {call} agrees with the reference: {'; '.join(self.selection.rejected[-len(w.found) :])}; please report this")
         best, reason = (passed[0], w.reason) if len(w.tried) == 1 == len(passed) else self._fastest(w, passed)
-        return self._taken(best, self.gated[_use(call, w.steps, best)], reason)
+        return self._taken(best, self.gated[_use(w, best)], reason)
 
     def _passing(self, w: _Wanted, tried: Sequence[Candidate]) -> list[Candidate]:
         """Those that agree with the reference. A kernel that serves many variants is run in the least and the largest: the others lie between."""
         trial: gate.Trial | None = None
         passed = []
         for candidate in tried:
-            use = _use(w.call, w.steps, candidate)
+            use = _use(w, candidate)
             steps = self.uses.get(use, [w.steps])
             if use not in self.gated or w.steps in (steps[0], steps[-1]):
-                assert self.device is not None
-                trial = trial or gate.Trial(w.call, w.steps, self.device)
+                trial = trial or self._trial(w)
                 self.gated[use] = max(self.gated.get(use, 0.0), trial.error(candidate, self._loaded(candidate)))
             if self.gated[use] <= gate.tolerance(w.call):
                 passed.append(candidate)
             else:
                 self.selection.rejected.append(f"{candidate.name} for ingot.{w.call.op}: error {self.gated[use]:.1e}")
         return passed
+
+    def _trial(self, w: _Wanted) -> gate.Trial:
+        assert self.device is not None
+        if self.trials is None or self.trials.call is not w.call:
+            self.trials = gate.Trials(w.call, self.device)
+        return self.trials.of(w.steps)
 
     def _fastest(self, w: _Wanted, passed: list[Candidate]) -> tuple[Candidate, str]:
         assert self.device is not None

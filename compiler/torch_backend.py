@@ -30,7 +30,7 @@ from .codegen.emit import Emitter
 from .from_function import from_function
 from .pipeline import lower
 from .plan import Choice
-from .select import select
+from .select import Program, select
 from .tuning import Table
 from .variants import VariantSpec
 
@@ -131,7 +131,8 @@ def _compile(module: fx.GraphModule, args: Sequence[Any]) -> _Program:
             return emitted
 
         calls = {n.name: call for n in graph.fx.nodes if n.op == "call_function" and (call := call_of(graph, n)) is not None}
-        selection = select(graph, calls.values(), [VariantSpec("function", _STEPS, False)], target, emit, _DEVICE, lambda done, of: None, Table())
+        program = Program(graph, list(calls.values()), [VariantSpec("function", _STEPS)])
+        selection = select([program], target, emit, _DEVICE, lambda done, of: None, Table())
     choose = selection.choose(_STEPS)
     chosen = {name: (call, choose(call)) for name, call in calls.items() if not gate.states(call) and choose(call).candidate is not None}
     return _Program(graph, {f"arg{i}": i for i in range(len(args)) if f"arg{i}" in tensors}, _Runner(graph, chosen, loaded))

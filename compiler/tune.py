@@ -12,7 +12,6 @@ from ingot.artifacts.store import Store
 
 from .build import CompileOptions, Job, Progress, device_for
 from .codegen.emit import Emitter
-from .outline import Outline
 from .select import select
 from .tuning import SHIPPED, Tuned, TuningError, slug, write
 
@@ -42,7 +41,7 @@ def tune(models: Sequence[str], options: CompileOptions, output: Path | None, pr
         with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
             emitter = Emitter(job.target, Store(settings().home), Path(folder), _stage(progress, f"{model}: compile kernels"))
             stage = _stage(progress, f"{model}: measure")
-            selection = select(graph, Outline.of(graph).calls, job.specs(), job.target, emitter, device, stage, job.table, measure=True)
+            selection = select([p for _, p in job.programs(graph)], job.target, emitter, device, stage, job.table, measure=True)
         entries |= selection.tuned
         rejected += selection.rejected
     path = output or SHIPPED / f"{slug(job.target.device)}.json"

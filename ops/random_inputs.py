@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from . import dummy, formats
 from .dims import Dim, evaluate
 from .kernel import Call, Steps, Tensor
 
+_PERIOD = (1 << 22) - 3
+"""A prime, so that no two rows of a weight are alike."""
 _SCALES = frozenset({"k_scale", "v_scale", "k_static", "v_static"})
 
 
@@ -21,10 +24,18 @@ def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
     return {"T": t, "S": s, "R": t if steps.exact else min(s, steps.max_rows)}
 
 
-def random_inputs(call: Call, steps: Steps, sizes: dict[str, int], device: torch.device | str, seed: int, context: int = 80) -> dict[str, Any]:
+def random_inputs(
+    call: Call,
+    steps: Steps,
+    sizes: dict[str, int],
+    device: torch.device | str,
+    seed: int,
+    context: int = 80,
+    drawn: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Arguments by name. The first sequence has `context` cached tokens, others at most as many, on shuffled pages.
 
-    Activations are N(0, 1), weights N(0, 1/K).
+    Activations are N(0, 1), weights N(0, 1/K); what is `drawn` already stays as it is.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     batch = _batch(sizes, steps.page_size, context, generator)
@@ -32,7 +43,8 @@ def random_inputs(call: Call, steps: Steps, sizes: dict[str, int], device: torch
         batch["indices"] = _chosen(batch["positions"], int(batch["seq_lens"].max()), generator)
     groups = {n: batch["num_pages"] for n in _symbols(call) if n.startswith("N_")} | {n: batch["width"] for n in _symbols(call) if n.startswith("P_")}
     full = {**sizes, **groups}
-    return {name: _value(name, arg, full, batch, call, device, generator) for name, arg in call.args.items()}
+    drawn = drawn or {}
+    return {name: drawn[name] if name in drawn else _value(name, arg, full, batch, call, device, generator) for name, arg in call.args.items()}
 
 
 def _symbols(call: Call) -> set[str]:
@@ -86,12 +98,14 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
         return (angle.cos() if name == "cos" else angle.sin()).to(arg.dtype).to(device)
     if name in _SCALES:  # of quantized values: positive, so that values are near 1
         return (torch.rand(shape, generator=generator) + 0.5).mul_(1 / 64).to(arg.dtype).to(device)
-    # large weights are drawn where they are used: the host generator is slow
+    # drawn where they are used: the host generator is slow
     on = torch.Generator(device).manual_seed(int(torch.randint(0, 1 << 30, (1,), generator=generator)))
-    value = torch.randn(shape, generator=on, device=device, dtype=torch.float32 if math.prod(shape) < 1 << 24 else arg.dtype)
+    count = math.prod(shape)
+    values = torch.randn(min(count, _PERIOD), generator=on, device=device)  # of a large tensor these come again and again
     if name in ("weight", "w_in", "w_out") and len(shape) > 1 and call.op != "embedding":
-        value *= shape[-1] ** -0.5
-    return value.to(arg.dtype)
+        values *= shape[-1] ** -0.5
+    values = values.to(arg.dtype)
+    return (values if count <= _PERIOD else values.repeat(-(-count // _PERIOD))[:count]).view(shape)
 
 
 def _like(value: torch.Tensor, shape: list[int]) -> torch.Tensor:

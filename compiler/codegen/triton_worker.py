@@ -16,7 +16,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 import msgspec
-import triton.compiler  # noqa: F401  (before the fork, once)
+import triton.compiler.code_generator  # noqa: F401  (before the fork, once)
+from triton.runtime.cache import triton_key
 
 from ingot.ops.kernel import Source
 from ingot.ops.target import Target
@@ -37,6 +38,7 @@ def _die_with_parent() -> None:
 
 def main() -> int:
     _die_with_parent()
+    triton_key()  # hashes all of Triton, once: the first kernel of every process would
     for line in sys.stdin.buffer:
         count, jobs = map(int, line.split())
         requests = [msgspec.json.decode(sys.stdin.buffer.readline(), type=tuple[Source, Target]) for _ in range(count)]

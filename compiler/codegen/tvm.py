@@ -9,7 +9,7 @@ import itertools
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -68,19 +68,23 @@ def compile_sources(
     for path, source in missing.items():
         path.with_suffix(".py").write_text(source.text)
     count = max(1, min(jobs, len(missing) // _KERNELS_PER_WORKER))
-    shares = [list(missing.items())[i::count] for i in range(count)]
+    waiting = iter(missing.items())  # a worker that imports TVM first takes fewer
     done = itertools.count(1)
+
+    def finished() -> None:
+        progress(next(done), len(missing))
+
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
         launcher = Path(folder) / "launcher.o"
         subprocess.run(["cc", "-O2", "-fPIC", "-c", str(_LAUNCHER), "-o", str(launcher)], check=True)
-        work = partial(_compile_share, target=json.dumps(llvm_target(target)), launcher=launcher, finished=lambda: progress(next(done), len(missing)))
+        work = partial(_compile, waiting=waiting, target=json.dumps(llvm_target(target)), launcher=launcher, finished=finished)
         # taken here: a worker is killed with the thread that started it
-        list(pool.map(work, [_workers.take() for _ in shares], shares))
+        list(pool.map(work, [_workers.take() for _ in range(count)]))
     return outputs
 
 
-def _compile_share(worker: Worker, share: list[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
-    for path, source in share:
+def _compile(worker: Worker, waiting: Iterator[tuple[Path, Source]], target: str, launcher: Path, finished: Callable[[], None]) -> None:
+    for path, source in waiting:
         worker.send(f"{source.symbol}\t{path.with_suffix('.py')}\t{path}\t{launcher}\t{target}")
         try:
             worker.receive()
@@ -92,3 +96,5 @@ def _compile_share(worker: Worker, share: list[tuple[Path, Source]], target: str
 
 
 _workers = Workers(str(_WORKER))
+warm_up = _workers.warm_up
+"""Have a worker import TVM while there is other work."""

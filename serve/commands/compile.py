@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -23,17 +23,25 @@ def compile_command(
     """Compile a model for a target, unless the store has it already."""
     from ingot.artifacts.artifact import Artifact
     from ingot.artifacts.gate_record import notice
-    from ingot.compiler.build import CompileOptions, compile_model
+    from ingot.ops.garbage import uncollected
 
+    from ..process import age
     from ..progress import StageBar
 
-    start = time.perf_counter()
+    with uncollected():
+        from ingot.compiler.build import CompileOptions, compile_model
+    gc.freeze()  # modules stay
+    imported = age()
     with StageBar(f"compiling {model}") as bar:
         built = compile_model(model, CompileOptions(**flags.given), output=output, progress=bar.update)
     report = built.report or Artifact.open(built.path).manifest.report
     if as_json:
         print(json.dumps({"path": str(built.path), "key": built.key, "hit": built.hit, "report": report}))
     else:
-        print(f"{'found' if built.hit else 'compiled'} in {time.perf_counter() - start:.1f} s: {built.path}")
+        print(f"{'found' if built.hit else 'compiled'} in {age():.1f} s: {built.path}")
+        if not built.hit:
+            spent = {"imports": imported} | {stage: s for stage, s in report["seconds"].items() if stage != "total"}
+            longest = sorted(spent.items(), key=lambda stage: -stage[1])
+            print(f"seconds: {', '.join(f'{stage} {s:.1f}' for stage, s in longest if s >= 0.05)}")
         if missing := notice(Artifact.open(built.path)):
             print(f"ingot: {missing}", file=sys.stderr)

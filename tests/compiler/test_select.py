@@ -15,7 +15,7 @@ from ingot.artifacts.plan import Kernel
 from ingot.compiler import select as selecting
 from ingot.compiler import tuning
 from ingot.compiler.build import CompileOptions, Job
-from ingot.compiler.select import Selection, select
+from ingot.compiler.select import Program, Selection, select
 from ingot.compiler.tuning import Table, Tuned, TuningError, fingerprint, table_for, write
 from ingot.compiler.variants import VariantSpec
 from ingot.ops.kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor
@@ -83,7 +83,8 @@ def family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Can
 
 
 def run(compiler: Compiler, table: Table | None = None, device: torch.device | None = CPU, specs: list[VariantSpec] = SPECS, measure: bool = True) -> Selection:
-    return select(None, [CALL, CALL], specs, DEVICE, compiler, device, lambda done, of: None, table or Table(), measure=measure)  # type: ignore[arg-type]
+    program = Program(None, [CALL, CALL], specs)  # type: ignore[arg-type]
+    return select([program], DEVICE, compiler, device, lambda done, of: None, table or Table(), measure=measure)
 
 
 def reasons(selection: Selection) -> list[str]:
