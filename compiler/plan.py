@@ -84,7 +84,7 @@ class _Planner:
 
     def _contiguous(self, held: str, done: dict[str, str], name: str) -> str:
         value = self.values[held]
-        if value.strides is None and (not value.root or _aligned(value, 64)):
+        if value.strides is None and (not value.root or _aligned(value, value.offset, 64)):
             return held
         if held not in done:
             done[held] = self._fresh(f"{name}.contiguous", value.dtype, value.shape)
@@ -121,9 +121,10 @@ def reference_of(graph: Graph, region: Region) -> tuple[tuple[Entry, ...], tuple
     return entries, tuple(n.name for n in (returned if isinstance(returned, (tuple, list)) else (returned,)))  # type: ignore[union-attr]
 
 
-def _aligned(value: Value, nbytes: int) -> bool:
+def _aligned(value: Value, elements: Dim, nbytes: int) -> bool:
+    """Whether so many elements of a value are a multiple of `nbytes`."""
     itemsize = getattr(torch, value.dtype).itemsize
-    terms = [value.offset] if isinstance(value.offset, int) else value.offset.values()
+    terms = [elements] if isinstance(elements, int) else elements.values()
     return all(t * itemsize % nbytes == 0 for t in terms)
 
 
@@ -135,7 +136,7 @@ def _pitch(value: Value) -> Dim:
 def _has_rows(value: Value) -> bool:
     """Whether each row of a value is contiguous, as an operand with `rows` needs it."""
     inner = value.shape[1:]
-    if any(isinstance(d, dict) for d in inner) or (value.root and not _aligned(value, 16)):
+    if any(isinstance(d, dict) for d in inner) or (value.root and not (_aligned(value, value.offset, 16) and _aligned(value, _pitch(value), 16))):
         return False
     return value.strides is None or value.strides[1:] == tuple(math.prod(inner[i + 1 :]) for i in range(len(inner)))  # type: ignore[arg-type]
 

@@ -95,8 +95,8 @@ class Operand:
     """One run-time argument of a launch: argument `arg` of the call, result `out` (an index), `scratch` (an index), a `size`, or a `const`.
 
     `view` reinterprets a tensor's elements as another dtype of a size that divides its last dim (bfloat16 pairs as int32). `rows` says that
-    the kernel takes an argument whose rows lie apart, such as some columns of a product: each is contiguous, the first one 16-byte aligned.
-    `pitch` is how far apart they are: the elements from one row of that argument to the next, a size.
+    the kernel takes an argument whose rows lie apart, such as some columns of a product: each is contiguous and 16-byte aligned, or a row of a
+    contiguous tensor. `pitch` is how far apart they are: the elements from one row of that argument to the next, a size.
     """
 
     arg: str | None = None

@@ -13,6 +13,7 @@ FAMILIES = (
     "kv_cache",
     "latent_attention",
     "linear",
+    "linear_attention",
     "moe",
     "norm",
     "packed_attention",
@@ -21,6 +22,7 @@ FAMILIES = (
     "rotary",
     "routing",
     "sampling",
+    "state_space",
 )
 
 

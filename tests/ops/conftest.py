@@ -55,6 +55,13 @@ class Interpreter:
         return Interpreted(self, source, path)
 
 
+def memory_of(tensor):
+    """All elements from the first to the last, those between rows that lie apart too."""
+    if tensor.is_contiguous():
+        return tensor.flatten()
+    return tensor.as_strided((1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)),), (1,))
+
+
 @dataclass
 class Interpreted:
     interpreter: Interpreter
@@ -69,15 +76,16 @@ class Interpreted:
         for name, arg in zip(self.source.signature, args, strict=True):
             named[name] = arg
             if isinstance(arg, torch.Tensor):
-                known = arg.data_ptr(), arg.nbytes
+                flat = memory_of(arg)
+                known = arg.data_ptr(), flat.nbytes
                 if known not in placed:  # what one argument writes another may read
-                    placed[known] = arg, memory[end : end + arg.nbytes], end
-                    end += arg.nbytes + -arg.nbytes % 256
+                    placed[known] = flat, memory[end : end + flat.nbytes], end
+                    end += flat.nbytes + -flat.nbytes % 256
                 begin = placed[known][2]
-                named[name] = {"begin": begin, "end": begin + arg.nbytes, "dtype": str(arg.dtype).removeprefix("torch.")}
+                named[name] = {"begin": begin, "end": begin + flat.nbytes, "dtype": str(arg.dtype).removeprefix("torch.")}
         assert end <= MEMORY_BYTES
         for tensor, place, _ in placed.values():
-            place.copy_(tensor.flatten().view(torch.uint8))
+            place.copy_(tensor.view(torch.uint8))
         constants = self.source.constants | ({"PDL": False} if "PDL: tl.constexpr" in self.source.text else {})
         job = {"path": str(self.path), "symbol": self.source.symbol, "constants": constants, "args": named, "grid": grid}
         process = self.interpreter.process
@@ -86,7 +94,7 @@ class Interpreted:
         failure = json.loads(process.stdout.readline() or '"the interpreter died"')
         assert not failure, failure
         for tensor, place, _ in placed.values():
-            tensor.copy_(place.view(tensor.dtype).view(tensor.shape))
+            tensor.copy_(place.view(tensor.dtype))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,27 @@ def quantized(form, activation, rows, n, k, act=None):
     return Call("quantized_linear", args, (Tensor(BF16, (rows, n // 2 if act else n)),))
 
 
+def recurrences(dtype):
+    """Of Mamba-2 2.7B, Mamba, Qwen3-Next, Kimi Linear (its decay is by channel), RecurrentGemma and RWKV-4."""
+    rows, slots = lambda *shape, dtype=dtype: Tensor(dtype, (T, *shape)), lambda *shape, dtype=F32: Tensor(dtype, ({"N_slot": 1}, *shape))
+    step = {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "state_slots": Tensor(I32, (S,))}
+    heads, channels = Tensor(F32, (80,)), Tensor(F32, (5120,))
+    delta = {"q": rows(16, 128), "k": rows(16, 128), "v": rows(32, 128), "g": rows(32, dtype=F32), "beta": rows(32), "delta_state": slots(32, 128, 128)}
+    return [
+        Call("causal_conv1d", {"x": rows(5376), "weight": Tensor(dtype, (5376, 4)), "bias": Tensor(dtype, (5376,)),
+                               "conv_state": slots(5376, 3, dtype=dtype), **step, "act": "silu"}, (rows(5376),)),
+        Call("ssd_scan", {"x": rows(80, 64), "dt": rows(80), "A": heads, "B": rows(1, 128), "C": rows(1, 128), "D": heads, "dt_bias": heads,
+                          "ssm_state": slots(80, 64, 128), **step, "softplus": True, "dt_min": 0.0, "dt_max": float("inf")}, (rows(80, 64, dtype=F32),)),
+        Call("selective_scan", {"x": rows(5120), "dt": rows(5120), "A": Tensor(F32, (5120, 16)), "B": rows(16), "C": rows(16), "D": channels, "z": rows(5120),
+                                "dt_bias": channels, "ssm_state": slots(5120, 16), **step, "softplus": True}, (rows(5120),)),
+        Call("gated_delta_rule", {**delta, **step, "eps": 1e-6}, (rows(32, 128),)),
+        Call("gated_delta_rule", {**delta, "g": rows(32, 128, dtype=F32), **step, "eps": 1e-6}, (rows(32, 128),)),
+        Call("linear_recurrence", {"x": rows(2560), "decay": rows(2560, dtype=F32), "lru_state": slots(2560), **step}, (rows(2560),)),
+        Call("wkv", {"k": rows(2048), "v": rows(2048), "log_decay": Tensor(dtype, (2048,)), "bonus": Tensor(dtype, (2048,)),
+                     "wkv_state": slots(3, 2048), **step}, (rows(2048),)),
+    ]  # fmt: skip
+
+
 def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
     """A call of every op in a model with h query heads, k kv heads, head dims e and f; `kv_dtype`: of a quantized cache."""
     x, weight = Tensor(dtype, (T, hidden)), Tensor(dtype, (hidden,))
@@ -75,6 +96,7 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
                                  "softcap": 0.0, **scales}, (Tensor(dtype, (T, h, f)),)),
         Call("packed_attention", {"q": q, "k": Tensor(dtype, (T, k, e)), "v": Tensor(dtype, (T, k, f)), "cu_seqlens_q": batch["cu_seqlens_q"],
                                   "scale": e**-0.5, "window": 64}, (Tensor(dtype, (T, h, f)),)),
+        *recurrences(dtype),
         Call("pool", {"x": x, "cu_seqlens_q": batch["cu_seqlens_q"], "pooling": Tensor(I32, (S,))}, (Tensor(F32, (S, hidden)),)),
     ]  # fmt: skip
 

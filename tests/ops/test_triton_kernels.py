@@ -15,6 +15,7 @@ from ingot.ops import OPS, formats
 from ingot.ops.dims import evaluate
 from ingot.ops.glu import ACTIVATIONS
 from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor, Tickets
+from ingot.ops.random_inputs import RANGES
 from ingot.ops.rotary import STYLES
 from ingot.ops.target import Target, gpu
 
@@ -23,7 +24,7 @@ torch.set_num_threads(1)
 
 BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
-T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
+T, R, S, S1, P, N, SLOTS = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}, {"N_slot": 1}
 TOLERANCE = {BF16: 6e-3, F16: 1e-3, F32: 2e-6}  # ‖out − ref‖ / ‖ref‖; rounding the result alone gives 2e-3, 3e-4, 3e-8
 QUANTIZED_TOLERANCE = 6e-3  # a value may lie on either side of a rounding
 
@@ -83,6 +84,9 @@ class Case:
                 made[name] = self.values[name].to(arg.dtype).to(device)
             elif isinstance(arg, Tensor) and arg.dtype == torch.int8:
                 made[name] = torch.randint(-127, 128, [evaluate(d, self.sizes) for d in arg.shape], generator=generator, dtype=torch.int8).to(device)
+            elif isinstance(arg, Tensor) and name in RANGES:
+                low, high = RANGES[name]
+                made[name] = (torch.rand([evaluate(d, self.sizes) for d in arg.shape], generator=generator) * (high - low) + low).to(arg.dtype).to(device)
             elif isinstance(arg, Tensor) and name.endswith(("_scale", "_static")):
                 made[name] = ((torch.rand([evaluate(d, self.sizes) for d in arg.shape], generator=generator) + 0.5) / 64).to(device)
             elif isinstance(arg, Tensor):
@@ -149,7 +153,7 @@ class Batch:
     def sizes(self):
         width = -(-max(c + n for c, n in zip(self.cached, self.new, strict=True)) // self.page_size) + 1
         tokens = sum(max(n, 1) for n in self.new) + self.unused
-        return {"T": tokens, "S": len(self.new), "P_full": width, "N_full": len(self.new) * width + 2}
+        return {"T": tokens, "S": len(self.new), "P_full": width, "N_full": len(self.new) * width + 2, "N_slot": len(self.new) + 2}
 
     @property
     def values(self):
@@ -161,7 +165,14 @@ class Batch:
             slots += [int(pages[i, p // self.page_size]) * self.page_size + p % self.page_size for p in range(cached, cached + new)] or [-1]
         lengths = [c + n for c, n in zip(self.cached, self.new, strict=True)]
         starts = torch.tensor([0] + [max(n, 1) for n in self.new]).cumsum(0)
-        made = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lengths), "page_table": pages, "slot_mapping": torch.tensor(slots + [-1] * self.unused)}
+        states = torch.where(torch.tensor(lengths) > 0, torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)], -1)
+        made = {
+            "state_slots": states,
+            "cu_seqlens_q": starts,
+            "seq_lens": torch.tensor(lengths),
+            "page_table": pages,
+            "slot_mapping": torch.tensor(slots + [-1] * self.unused),
+        }
         return {n: v.to(I32) for n, v in made.items()}
 
 
@@ -363,6 +374,81 @@ def pool_cases():
     return {"ragged": case((19, 1, 0, 5, 33, 2), 72, (0, 0, 1, 1, 2, 0)), "wide": case((3, 4), 300, (2, 0))}
 
 
+SLOT = {"cu_seqlens_q": tensor(S1, dtype=I32), "seq_lens": tensor(S, dtype=I32), "state_slots": tensor(S, dtype=I32)}
+DECODED = Batch((0, 150, 0, 66), (1, 1, 0, 1))
+RAGGED = Batch((0, 70, 0, 33, 0), (19, 1, 0, 40, 3), 5)
+LONG = Batch((0, 9, 30), (70, 64, 3), 2)
+
+
+def recurrent_case(args, out, batch):
+    """A step of `batch`: of DECODED exactly one token a sequence."""
+    exact = batch is DECODED
+    return Case(args, (out,), batch.sizes, batch.values, 1 if exact else 0, exact=exact)
+
+
+def conv_cases():
+    def case(batch, c, w, bias=True, act="silu"):
+        args = {"x": tensor(T, c), "weight": tensor(c, w), "bias": tensor(c) if bias else None, "conv_state": tensor(SLOTS, c, w - 1), **SLOT, "act": act}
+        return recurrent_case(args, tensor(T, c), batch)
+
+    return {
+        "decode": case(DECODED, 300, 4),
+        "decode_2": case(DECODED, 40, 2, False, ""),
+        "ragged": case(RAGGED, 72, 4),
+        "ragged_3": case(RAGGED, 150, 3, False, ""),
+    }
+
+
+def ssd_cases():
+    def case(batch, h, g, p, n, extra=True, low=0.0, high=float("inf")):
+        args = {"x": tensor(T, h, p), "dt": tensor(T, h), "A": tensor(h, dtype=F32), "B": tensor(T, g, n), "C": tensor(T, g, n),
+                "D": tensor(h) if extra else None, "dt_bias": tensor(h, dtype=F32) if extra else None, "ssm_state": tensor(SLOTS, h, p, n, dtype=F32), **SLOT,
+                "softplus": extra, "dt_min": low, "dt_max": high}  # fmt: skip
+        return recurrent_case(args, tensor(T, h, p, dtype=F32), batch)
+
+    return {
+        "decode": case(DECODED, 4, 2, 24, 40),
+        "decode_bare": case(DECODED, 2, 1, 64, 16, False, 0.1, 0.9),
+        "ragged": case(RAGGED, 2, 1, 40, 24),
+        "long": case(LONG, 1, 1, 16, 16, False, 0.1, 0.9),
+    }
+
+
+def selective_cases():
+    def case(batch, c, n, extra=True):
+        args = {"x": tensor(T, c), "dt": tensor(T, c), "A": tensor(c, n, dtype=F32), "B": tensor(T, n), "C": tensor(T, n),
+                **{name: t if extra else None for name, t in (("D", tensor(c, dtype=F32)), ("z", tensor(T, c)), ("dt_bias", tensor(c, dtype=F32)))},
+                "ssm_state": tensor(SLOTS, c, n, dtype=F32), **SLOT, "softplus": extra}  # fmt: skip
+        return recurrent_case(args, tensor(T, c), batch)
+
+    return {"decode": case(DECODED, 72, 16), "ragged": case(RAGGED, 40, 5), "bare": case(Batch((3,), (4,)), 16, 16, False)}
+
+
+def delta_cases():
+    def case(batch, k, h, e, f, channels=False, eps=1e-6):
+        args = {"q": tensor(T, k, e), "k": tensor(T, k, e), "v": tensor(T, h, f), "g": tensor(T, h, *((e,) if channels else ()), dtype=F32),
+                "beta": tensor(T, h), "delta_state": tensor(SLOTS, h, e, f, dtype=F32), **SLOT, "eps": eps}  # fmt: skip
+        return recurrent_case(args, tensor(T, h, f), batch)
+
+    return {
+        "decode": case(DECODED, 2, 4, 24, 40),
+        "decode_channels": case(DECODED, 1, 1, 64, 32, True),
+        "ragged": case(RAGGED, 1, 2, 40, 24),
+        "ragged_channels": case(RAGGED, 2, 2, 16, 24, True, 1e-5),
+        "long": case(LONG, 1, 1, 16, 16),
+    }
+
+
+def channel_cases(op):
+    def case(batch, c):
+        state = {"lru_state": tensor(SLOTS, c, dtype=F32)} if op == "linear_recurrence" else {"wkv_state": tensor(SLOTS, 3, c, dtype=F32)}
+        inputs = {"x": tensor(T, c), "decay": tensor(T, c, dtype=F32)} if op == "linear_recurrence" else {"k": tensor(T, c), "v": tensor(T, c)}
+        inputs |= {} if op == "linear_recurrence" else {"log_decay": tensor(c), "bonus": tensor(c)}
+        return recurrent_case(inputs | state | SLOT, tensor(T, c), batch)
+
+    return {"decode": case(DECODED, 300), "ragged": case(RAGGED, 40)}
+
+
 def sampling_cases():
     """Rows that are greedy, plain, cut by rank, by mass, by both and by min-p; few values, so that many are equal, or none finite."""
     settings = torch.tensor([[0, 0, 1, 0], [0.7, 0, 1, 0], [1.3, 5, 1, 0], [1, 0, 0.6, 0], [0.8, 40, 0.5, 0], [1, 0, 1, 0.2], [2, 1, 0.9, 0],
@@ -544,6 +630,12 @@ CASES = {
     "sparse_index": sparse_index_cases(),
     "packed_attention": packed_cases(),
     "pool": pool_cases(),
+    "causal_conv1d": conv_cases(),
+    "ssd_scan": ssd_cases(),
+    "selective_scan": selective_cases(),
+    "gated_delta_rule": delta_cases(),
+    "linear_recurrence": channel_cases("linear_recurrence"),
+    "wkv": channel_cases("wkv"),
 }  # fmt: skip
 
 
@@ -554,6 +646,16 @@ def error(call, inputs, outputs, before):
     expected = OPS[call.op].reference(*exact.values())
     expected = list(expected) if isinstance(expected, tuple) else [] if expected is None else [expected]
     return max(relative(a, b) for a, b in [*zip(outputs, expected, strict=True), *((inputs[n], exact[n]) for n in before)])
+
+
+def rows_apart(candidate, inputs):
+    """Arguments whose rows may lie apart as columns of something wider, which is NaN elsewhere."""
+    made = dict(inputs)
+    for name in {o.arg for launch in candidate.launches for o in launch.operands if o.rows}:
+        t = inputs[name]
+        wide = torch.full((len(t), t[0].numel() // 16 * 16 + 32), float("nan"), dtype=t.dtype, device=t.device)
+        made[name] = wide[:, 8 : 8 + t[0].numel()].copy_(t.flatten(1)).unflatten(1, t.shape[1:])
+    return made
 
 
 def distinct(candidates):
@@ -581,7 +683,7 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
         candidates = distinct(candidates)
     kernel = lambda source: None if source.backend == "torch" else maker.kernel(source)
     for candidate in candidates if dtype == BF16 else candidates[:1]:
-        inputs = let_go(call, case.inputs(call, device))
+        inputs = rows_apart(candidate, let_go(call, case.inputs(call, device)))
         before = {n: inputs[n].clone() for n in states(call)}
         outputs, run = bind(candidate, call, inputs, case.sizes, [kernel(launch.source) for launch in candidate.launches])
         run()
