@@ -276,11 +276,15 @@ class Graph:
         return list(outputs[: self.num_results]), dict(zip(self.states, outputs[self.num_results :], strict=True))
 
     def verify(self) -> None:
-        """GraphError if a call is outside the dialect, lacks a value, or a state is not used linearly."""
+        """GraphError if a call is outside the dialect, lacks a value, a state is not used linearly, or a size that steps differ in became a number."""
         self.fx.lint()
         declared = set(self.inputs) | set(self.states) | set(self.weights)
         if set(self.placeholders) != declared:
             raise GraphError(f"placeholders and declarations differ: {sorted(set(self.placeholders) ^ declared)}")
+        for name, spec in self.inputs.items():
+            sizes = self.placeholders[name].meta["val"].shape
+            if fixed := [f"{n} is {s}" for n, s in zip(spec.shape, sizes, strict=True) if isinstance(n, str) and isinstance(self.dim(s), int)]:
+                raise GraphError(f"input {name}: {', '.join(fixed)} in this graph and no other: something asked for the value of a size")
         for node in self.fx.nodes:
             if node.op == "call_function":
                 _verify_target(node)

@@ -20,8 +20,21 @@ def home(shared_home: Path):
         yield
 
 
-DAILY = ["mixtral", "deepseek_v3", "gemma2", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1"]
-NIGHTLY = ["bloom", "deepseek_v32", "falcon", "gemma3_text", "jamba", "kimi_linear", "longcat_flash", "minimax", "nemotron_h", "recurrent_gemma", "rwkv"]
+DAILY = ["mixtral", "deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1"]
+NIGHTLY = [
+    "bloom",
+    "deepseek_v32",
+    "falcon",
+    "gemma3_text",
+    "jamba",
+    "kimi_linear",
+    "llama4_text",
+    "longcat_flash",
+    "minimax",
+    "nemotron_h",
+    "recurrent_gemma",
+    "rwkv",
+]
 
 
 RECURRENT = {"mamba2", "qwen3_next", "falcon_h1", "jamba", "kimi_linear", "minimax", "nemotron_h", "recurrent_gemma", "rwkv"}

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,19 @@ from ingot.ops.rotary import STYLES
 
 from . import Patch, Swap, close, modeling_files
 from .context import Context
+
+COMPLEX = "freqs_cis"
+"""What modeling code calls a table of complex numbers cos + i sin."""
+
+
+class Tables(NamedTuple):
+    """Takes the place of a complex table on its way to a function that reads it: cos and sin [1, T, R/2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Tables:
+        return self
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class _Call:
 
 
 class Rope(Swap):
-    """A function qualifies when its signature is (x, …, cos, sin, …) and it returns the x's, rotated."""
+    """A function qualifies when its signature is (x, …, cos, sin, …) or (x, …, freqs_cis, …), and it returns the x's, rotated."""
 
     def __init__(self, model: torch.nn.Module, context: Context) -> None:
         self.functions = {(file, name): f for file in modeling_files(model) for name, f in vars(file).items() if _takes_tables(name, f)}
@@ -72,6 +85,8 @@ def _takes_tables(name: str, function: Any) -> bool:
     if not isinstance(function, FunctionType) or "rot" not in name:
         return False
     names = list(inspect.signature(function).parameters)
+    if COMPLEX in names:
+        return names.index(COMPLEX) in (1, 2)
     return "cos" in names and names.index("cos") in (1, 2) and names[names.index("cos") + 1 :][:1] == ["sin"]
 
 
@@ -79,6 +94,10 @@ def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[li
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     names = list(bound.arguments)
+    if COMPLEX in names:
+        inputs, table = [bound.arguments[n] for n in names[: names.index(COMPLEX)]], bound.arguments[COMPLEX]
+        cos, sin = table if isinstance(table, Tables) else (table.real, table.imag)
+        return inputs, cos, sin, 2 if inputs[0].shape[1] == cos.shape[1] else 1
     inputs = [bound.arguments[n] for n in names[: names.index("cos")]]
     return inputs, bound.arguments["cos"], bound.arguments["sin"], bound.arguments.get("unsqueeze_dim", 1)
 
@@ -87,15 +106,19 @@ def _style(function: Callable[..., Any], calls: set[_Call]) -> str | None:
     """The style with which `ingot.rope` equals the function at every call seen, or None."""
     if not all(len(c.table) == 3 and c.table[0] == 1 and c.head_dim in (1, 2) and all(len(x) == 4 for x in c.inputs) for c in calls):
         return None
-    accepts = "unsqueeze_dim" in inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
+    accepts, complex_tables = "unsqueeze_dim" in parameters, COMPLEX in parameters
     generator = torch.Generator().manual_seed(0)
     for style in STYLES:
+        if complex_tables and not style.endswith("_half"):
+            continue
         for call in calls:
             inputs = [torch.randn(shape, generator=generator) for shape in call.inputs]
             cos, sin = (_table(style, call.table, generator) for _ in range(2))
             if cos.shape[-1] * (2 if style.endswith("_half") else 1) > min(x.shape[-1] for x in inputs):
                 break
-            rotated = function(*inputs, cos, sin, **({"unsqueeze_dim": call.head_dim} if accepts else {}))
+            tables = (torch.complex(cos, sin),) if complex_tables else (cos, sin)
+            rotated = function(*inputs, *tables, **({"unsqueeze_dim": call.head_dim} if accepts else {}))
             expected = rotated if isinstance(rotated, tuple) else (rotated,)
             if not all(close(_rotate(x, cos, sin, style, call.head_dim), y) for x, y in zip(inputs, expected, strict=True)):
                 break

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import Patch, Swap, close
 from .context import Context, TraceError
-from .rope import Rope
+from .rope import Rope, Tables
 
 _DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 
+class _Formula(NamedTuple):
+    buffer: str  # of the frequencies
+    scaling: float
+    half: bool
+    is_complex: bool
+
+
 class RotaryEmbedding(Swap):
-    """A module called with (x, position_ids[, layer_type]) that returns cos and sin of positions × a frequency buffer.
+    """A module called with (x, position_ids[, layer_type]) that returns cos and sin of positions × a frequency buffer, or cos + i sin.
 
     `constants` holds the real buffers by module, since the model itself is on the meta device. Tables stay float32 when
     `ingot.rope` alone reads them; code that was not swapped gets them in the model's dtype, as it would from the module.
@@ -40,8 +47,9 @@ class RotaryEmbedding(Swap):
     def _observer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def observe(module: torch.nn.Module, x: torch.Tensor, position_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
             out = forward(module, x, position_ids, *args, **kwargs)
-            tables = isinstance(out, tuple) and len(out) == 2 and all(isinstance(t, torch.Tensor) and t.dim() == 3 for t in out)
-            if tables and isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2 and not out[0].is_complex():
+            given = out if isinstance(out, tuple) else (out,)
+            tables = all(isinstance(t, torch.Tensor) and t.dim() == 3 and t.is_complex() == (len(given) == 1) for t in given) and len(given) < 3
+            if tables and isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2:
                 self.calls[(module, (*args, *kwargs.values()))] = tuple(x.shape)
             return out
 
@@ -49,36 +57,39 @@ class RotaryEmbedding(Swap):
 
     def patches(self) -> list[Patch]:
         found = {key: _formula(key[0], key[1], self.constants.get(key[0], {})) for key in self.calls}
-        matched = {key: formula for key, formula in found.items() if formula is not None}
+        matched = {key: formula for key, formula in found.items() if formula is not None and (self.rope.all_matched or not formula.is_complex)}
         keep_float32 = self.rope.all_matched
         return [Patch(cls, "forward", _replacement(cls.forward, matched, keep_float32)) for cls in {type(module) for module, _ in matched}]
 
 
-def _formula(module: torch.nn.Module, extra: tuple[Any, ...], buffers: dict[str, torch.Tensor]) -> tuple[str, float, bool] | None:
-    """(name of the frequency buffer, scaling, half) with which `ingot.rotary_embedding` equals the module, or None."""
+def _formula(module: torch.nn.Module, extra: tuple[Any, ...], buffers: dict[str, torch.Tensor]) -> _Formula | None:
+    """With what `ingot.rotary_embedding` equals the module, or None."""
     real = copy.deepcopy(module)
     for name, value in buffers.items():
         real._buffers[name] = value.clone()
     limit = int(getattr(module, "max_seq_len_cached", None) or 4096)
     # the last positions too: tables that depend on the length of a sequence must not match
     positions = torch.tensor([[0, 1, 2, 5, limit // 3, limit // 2, limit - 1, 2 * limit]], dtype=torch.int32)
-    cos, sin = real(torch.zeros(1, positions.shape[1], 1), positions, *extra)
+    made = real(torch.zeros(1, positions.shape[1], 1), positions, *extra)
+    cos, sin = made if isinstance(made, tuple) else (made.real, made.imag)
     scaling = float(cos[0, 0, 0])
     for name, frequencies in buffers.items():
         for half in (False, True):
             table = torch.ops.ingot.rotary_embedding(positions[0], frequencies, scaling, half)
             if close(table[0], cos[0]) and close(table[1], sin[0]):
-                return name, scaling, half
+                return _Formula(name, scaling, half, not isinstance(made, tuple))
     return None
 
 
-def _replacement(forward: Callable[..., Any], matched: dict[Any, tuple[str, float, bool]], keep_float32: bool) -> Callable[..., Any]:
+def _replacement(forward: Callable[..., Any], matched: dict[Any, _Formula], keep_float32: bool) -> Callable[..., Any]:
     def rotary_embedding(module: torch.nn.Module, x: torch.Tensor, position_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         formula = matched.get((module, (*args, *kwargs.values())))
         if formula is None:
             return forward(module, x, position_ids, *args, **kwargs)
-        name, scaling, half = formula
+        name, scaling, half, is_complex = formula
         tables = torch.ops.ingot.rotary_embedding(position_ids.squeeze(0), getattr(module, name), scaling, half)
+        if is_complex:
+            return Tables(*(t.unsqueeze(0) for t in tables))
         return tuple(t.unsqueeze(0) if keep_float32 else t.unsqueeze(0).to(x.dtype) for t in tables)
 
     return rotary_embedding

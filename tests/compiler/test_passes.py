@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ingot.compiler.from_function import from_function
 from ingot.compiler.pipeline import PIPELINE, count
-from ingot.ops import Graph
+from ingot.ops import Graph, GraphError, InputSpec
 from ingot.ops.graph import op_of
 from ingot.ops.target import Target
 
@@ -102,3 +103,11 @@ def test_what_is_left(name: str) -> None:
         assert layouts["moe"] == (True, False, False)  # gated
     if name == "clean_views":
         assert count(after) == 4  # heads, silu, rows again, sum
+
+
+def test_a_size_that_became_a_number_is_an_error() -> None:
+    graph = from_function(lambda x: [x + 1], {"x": InputSpec(torch.float32, ("T", 3))})
+    graph.verify()
+    int(graph.placeholders["x"].meta["val"].shape[0])
+    with pytest.raises(GraphError, match="input x: T is 7"):
+        graph.verify()
