@@ -3,7 +3,8 @@
     python benchmarks/cpu_decode.py --config DIR [--threads 2] [--dtype bfloat16] [--tokens 32]
 
 Random weights on both sides; prompts of 128 random tokens. A step is one token after the prompt: the median of engine steps
-with Ingot, of compiled forwards over a static cache with transformers. Sides alternate, so that drift of the machine hits both.
+with Ingot, of compiled forwards over a static cache with transformers. Sides alternate, so that drift of the machine hits both. The floor is what a
+step reads of the weights, of experts those that a token has, at the bandwidth measured here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.runtime.llm import LLM
 from ingot.runtime.request import Request, SamplingParams
+from ingot.serve.bench.floor import Floor
 
 PROMPT = 128
 
@@ -91,7 +93,7 @@ def main() -> None:
         ours += ingot_steps(llm, args.tokens, manifest.model.vocab_size)
         theirs += [other.step() for _ in range(args.tokens)]
     step, compiled = statistics.median(ours), statistics.median(theirs)
-    nbytes = manifest.model.num_parameters * getattr(torch, args.dtype).itemsize
+    nbytes = Floor.of(Artifact.open(built.path)).read(1, 1)
     print(json.dumps({
         "model": manifest.model.name, "dtype": args.dtype, "threads": args.threads, "device": manifest.target.device,
         "ingot_ms": step * 1e3, "transformers_compiled_ms": compiled * 1e3, "speedup": compiled / step,

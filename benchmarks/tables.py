@@ -3,6 +3,9 @@
     python benchmarks/tables.py CONFIG_DIR... [--parts compile,latency,throughput,startup] [--minutes 9] [--flags "--quantize fp8" --suffix fp8]
     python benchmarks/tables.py --show FILE        # as Markdown, beside vLLM
 
+Mixtures of experts are models like the others: benchmarks/configs/deepseek-v2-lite (31 GB in bfloat16) fits a card of 80 GB, Mixtral 8x7B (93 GB)
+needs a larger one.
+
 Weights are made up on the device. Results go to benchmarks/results/<date>-<device>.json after every part, so that a run which is
 cut off loses one part; `--minutes` starts no new part after that time. Compiling is timed twice in stores of their own: `measured` with
 every kernel measured (--tune), `table` with the tuning table of the device, if there is one; the store of the last serves the other parts.

@@ -15,28 +15,33 @@ import torch
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.manifest import Manifest, WeightTensor
 from ingot.artifacts.plan import Entry, Value, Variant
-from ingot.ops.dims import Dim, evaluate
+from ingot.ops.dims import Dim, evaluate, product
 
 from .rates import Rates
 
 WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write")
 """Ops that have a cache among their arguments and do not read it."""
-MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", "ingot.moe", "ingot.grouped_linear")
-"""How the names of ops begin that multiply rows with weights."""
+EXPERTS = ("ingot.moe", "ingot.grouped_linear")
+MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", *EXPERTS)
+"""How the names of ops begin that multiply rows with weights; of experts, with one of many."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """Matrices [X, …] of `elements` in all, `nbytes` large, of which each of `rows` rows is multiplied by one (X = 1: by the only one)."""
+    """Matrices [X, …] of `elements` in all, `nbytes` large, of which each of `rows` rows is multiplied by one (X = 1: by the only one).
+
+    Of experts, `active` rows are one token's, and no two of these have the same.
+    """
 
     rows: Dim
     elements: int
     nbytes: int
     experts: int = 1
+    active: int = 1
 
     def read(self, rows: int) -> float:
-        """Bytes, if rows choose their experts at random."""
-        return self.nbytes * (1 - (1 - 1 / self.experts) ** rows) if self.experts > 1 else self.nbytes
+        """Bytes, if tokens choose their experts at random."""
+        return self.nbytes * (1 - (1 - self.active / self.experts) ** (rows / self.active))
 
     def flops(self, rows: int) -> float:
         return 2.0 * rows * self.elements / self.experts
@@ -83,12 +88,16 @@ class Floor:
         """All that a step may read."""
         return self.other_bytes + sum(p.nbytes for p in self.products)
 
+    def read(self, num_tokens: int, num_seqs: int) -> float:
+        """Bytes of weights that a step reads."""
+        sizes = {"T": num_tokens, "S": num_seqs, "R": num_seqs}
+        return self.other_bytes + sum(p.read(evaluate(p.rows, sizes)) for p in self.products)
+
     def seconds(self, cached: Sequence[int], new: Sequence[int]) -> float:
         """A step of sequences with so many cached and new tokens, each of which wants the logits of its last token alone."""
         sizes = {"T": sum(new), "S": len(new), "R": len(new)}
-        rows = [evaluate(p.rows, sizes) for p in self.products]
-        read = self.other_bytes + sum(p.read(n) for p, n in zip(self.products, rows, strict=True))
-        flops = sum(p.flops(n) for p, n in zip(self.products, rows, strict=True))
+        read = self.read(sum(new), len(new))
+        flops = sum(p.flops(evaluate(p.rows, sizes)) for p in self.products)
         kv = sum(a.nbytes * sum(map(a.keys, cached, new)) for a in self.attention)
         pairs = sum(a.flops * sum(map(a.pairs, cached, new)) for a in self.attention)
         return self._longer(read, flops) + self._longer(kv, pairs)
@@ -126,9 +135,9 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
     for entries in nodes.values():
         roots = {values[n].root or n for e in entries for a in e.args for n in a.names()}
         out = values[entries[0].outputs[0]] if entries[0].outputs else None
-        multiplies = entries[0].target.startswith(MULTIPLIES)
+        multiplies, dims = entries[0].target.startswith(MULTIPLIES), 3 if entries[0].target.startswith(EXPERTS) else 2
         for weight in (weights[r] for r in sorted(roots) if r in weights):
-            if multiplies and len(weight.shape) >= 2:
+            if multiplies and len(weight.shape) >= dims:
                 products.append(_product(weight, out, entries, values))
             else:
                 others.add(weight.name)
@@ -144,17 +153,15 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
 
 def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], values: dict[str, Value]) -> Product:
     assert out is not None
-    rows, experts = out.shape[0], 1
-    if len(weight.shape) == 3:
+    rows, experts, active = out.shape[0], 1, 1
+    if entries[0].target.startswith(EXPERTS):
         experts = weight.shape[0]
-        ids = next(v for e in entries for a in e.args for n in a.names() if (v := values[n]).dtype.startswith("int") and v.storage == "arena")
-        rows = {n: c * (int(ids.shape[1]) if len(ids.shape) == 2 else 1) for n, c in _form(ids.shape[0]).items()}  # type: ignore[arg-type]
+        given = [values[n] for e in entries for a in e.args for n in a.names() if n not in e.outputs]
+        ids = next(v for v in given if v.dtype.startswith("int") and v.storage == "arena")
+        rows = product(ids.shape[0], ids.shape[1] if len(ids.shape) == 2 else 1)
+        active = rows.get("T", 1) if isinstance(rows, dict) else 1
     elements = math.prod(weight.shape) * (8 if weight.dtype == "int32" else 1)  # a word holds eight codes of 4 bits
-    return Product(rows, elements, _nbytes(weight), experts)
-
-
-def _form(dim: Dim) -> dict[str, int]:
-    return {"": dim} if isinstance(dim, int) else dim
+    return Product(rows, elements, _nbytes(weight), experts, active)
 
 
 def _pair_flops(out: Value, key_size: int) -> float:

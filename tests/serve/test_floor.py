@@ -51,11 +51,24 @@ def test_a_load_is_its_steps() -> None:
     assert floor.load([5, 3, 8], [3, 1, 2]) == pytest.approx(sum(steps))
 
 
-def test_experts_are_read_as_far_as_rows_choose_them() -> None:
-    product = Product({"T": 2}, 8 * 100, 1600, experts=8)
+def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
+    product = Product({"T": 2}, 8 * 100, 1600, experts=8, active=2)
     assert product.flops(2) == 2 * 2 * 100  # each row meets one expert's matrix
-    assert product.read(1) == pytest.approx(1600 / 8)
+    assert product.read(2) == pytest.approx(2 * 1600 / 8)  # of one token
+    assert product.read(4) == pytest.approx(1600 * (1 - (6 / 8) ** 2))
     assert product.read(1000) == pytest.approx(1600)
+
+
+def test_a_mixture_of_experts_by_hand() -> None:
+    """Mixtral 8x7B, bfloat16: a token reads two experts of eight and all of attention; a long prompt reads everything, and computes with two."""
+    D, inner, layers, V = 4096, 14336, 32, 32000
+    dense, experts = layers * (32 + 16 + 32) * 128 * D, layers * 8 * 3 * D * inner
+    products = (Product({"T": 1}, dense, 2 * dense), Product({"T": 2}, experts, 2 * experts, 8, 2), Product({"R": 1}, V * D, 2 * V * D))
+    floor = Floor(H200, products, (Attention(layers * 4.0 * 32 * 128, layers * 2 * 8 * 128 * 2, 0),), 0)
+    assert floor.decode(1, 1) == pytest.approx(2 * (dense + experts / 4 + V * D) / 4.54e12, rel=1e-3)
+    assert floor.decode(64, 1) == pytest.approx(2 * (dense + experts + V * D) / 4.54e12, rel=1e-3)
+    attention = layers * 4 * 32 * 128 * 8192**2 / 2
+    assert floor.prefill(8192) == pytest.approx((2 * 8192 * (dense + experts / 4) + attention) / 650e12, rel=1e-3)
 
 
 def test_a_plan_is_read() -> None:
@@ -66,7 +79,8 @@ def test_a_plan_is_read() -> None:
         Value("w", "bfloat16", (12, 8), "weight"), Value("y", "bfloat16", (t, 12), "arena"), Value("part", "float32", (t, 24), "arena"),
         Value("norm", "bfloat16", (8,), "weight"), Value("k", "bfloat16", page, "state"), Value("v", "bfloat16", page, "state"),
         Value("q", "bfloat16", (t, 6, 4), "arena"), Value("o", "bfloat16", (t, 6, 4), "arena"), Value("top", "int64", (t, 2), "arena"),
-        Value("experts", "bfloat16", (4, 10, 8), "weight"), Value("z", "bfloat16", (t, 10), "arena"),
+        Value("experts", "bfloat16", (4, 10, 8), "weight"), Value("z", "bfloat16", (t, 10), "arena"), Value("order", "int32", ({"T": 2, "": 9},), "arena"),
+        Value("bias", "bfloat16", (4, 10), "weight"),
     )  # fmt: skip
 
     def entry(node: str, target: str, args: str, outputs: str) -> Entry:
@@ -76,7 +90,7 @@ def test_a_plan_is_read() -> None:
         entry("e", "ingot.embedding", "ids table x", "x"), entry("n", "ingot.rms_norm", "x norm x", "x"),
         entry("l", "ingot.linear", "x w part", "y part"), entry("l", "ingot.linear", "part y", "y part"),
         entry("r", "ingot.qkv_rope_kv_write", "y k v q", "q"), entry("a", "ingot.paged_attention", "q k v o", "o"),
-        entry("m", "ingot.moe", "x top experts z", "z"),
+        entry("m", "ingot.moe", "order top", "order z"), entry("m", "ingot.moe", "x order experts bias z", "order z"),
     )  # fmt: skip
 
     class Plan:
@@ -88,6 +102,6 @@ def test_a_plan_is_read() -> None:
     manifest.states = tuple(State(n, "window9", "bfloat16", (2, 16, 4)) for n in "kv")  # type: ignore[attr-defined]
     manifest.groups = (Group("window9", "page", 16, 512, 9),)  # type: ignore[attr-defined]
     products, attention, other = _costs(plan, manifest)  # type: ignore[arg-type]
-    assert products == (Product({"T": 1}, 96, 192), Product({"T": 2}, 320, 640, experts=4))
+    assert products == (Product({"T": 1}, 96, 192), Product({"T": 2}, 320, 640, experts=4, active=2))
     assert attention == (Attention(2.0 * 6 * (4 + 4), 2 * 2 * 4 * 2, 9),)
-    assert other == 16
+    assert other == 16 + 80
