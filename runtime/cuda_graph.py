@@ -9,12 +9,11 @@ import torch
 from .bind import BoundPlan
 
 
-def capture(plan: BoundPlan, pool: Any) -> torch.cuda.CUDAGraph:
+def capture(plan: BoundPlan, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """Run the plan once, so that libraries make their handles, then capture it: a replay reads and writes what the plan does.
 
-    `pool` (torch.cuda.graph_pool_handle) is shared between captures.
+    `pool` (torch.cuda.graph_pool_handle) and `stream` are shared between captures: cuBLAS has a workspace of 32 MiB for each stream.
     """
-    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):

@@ -173,10 +173,12 @@ class Executor:
     def _capture(self, progress: Progress) -> None:
         """Capture every variant at each of its sizes, largest first, so that the pool is allocated once."""
         wanted = sorted(((t, v.decodes, v.name, v) for v in self._variants for t in v.capture), reverse=True, key=lambda w: w[:3])
-        pool = torch.cuda.graph_pool_handle() if wanted else None
+        if not wanted:
+            return
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for i, (tokens, decodes, name, variant) in enumerate(wanted):
             progress("capture CUDA graphs", i / len(wanted))
             size = padded(StepSize(tokens, 1, 1, 0), variant)
             self._staging.upload(self._staging.batch(StepSize(0, 0, 0, 0), size))
             count = len(variant.entries) if decodes else variant.num_before_rows()
-            self._captured[name, tokens] = _Captured(capture(self._bind_part(variant, size, slice(count)), pool), count)
+            self._captured[name, tokens] = _Captured(capture(self._bind_part(variant, size, slice(count)), pool, stream), count)
