@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from . import formats
 from .dialect import OPS
@@ -260,6 +259,8 @@ class Graph:
         key = (target, _type_of(values), _type_of(kw))
         if key in self._fakes:
             return self._fakes[key]
+        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # here, because it brings sympy, which a runtime does not need
+
         with self.fake_mode:
             result = target(*values, **kw)
         if not free_unbacked_symbols(result):  # a size that depends on data is this call's own
