@@ -40,6 +40,8 @@ PARTS = (
     Part("tests", 4, "{python} -m pytest -q -m gpu -x tests/ops tests/runtime tests/artifacts"),
     Part("tune", 4, "{python} -m ingot.serve.cli tune " + MODELS),
     benchmark("tables", 6, "tables.py", MODELS, "--minutes 5", "--results {out}/tables.json"),
+    benchmark("kernels-qwen", 1, "kernel_profile.py", "{configs}/qwen3-0.6b", "-o {out}/kernels-qwen3-0.6b.json"),
+    benchmark("kernels-llama", 1.5, "kernel_profile.py", "{configs}/llama-3.1-8b", "-o {out}/kernels-llama-3.1-8b.json"),
     benchmark("persistent-qwen", 1.5, "persistent_layer.py", "{configs}/qwen3-0.6b", "--batch 1,16,64", "-o {out}/persistent-qwen3-0.6b.json"),
     benchmark("persistent-llama", 1.5, "persistent_layer.py", "{configs}/llama-3.2-1b", "--batch 1,16,64", "-o {out}/persistent-llama-3.2-1b.json"),
     benchmark("quantized", 5, "gpu_quantized.py", "{out}/quantized.json", "--seconds 270"),
