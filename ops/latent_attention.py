@@ -14,11 +14,10 @@ import torch
 from .dialect import op
 
 
-@op("head_linear(Tensor x, Tensor weight, bool transposed) -> Tensor", rowwise=True,
-    fake=lambda x, weight, transposed: x.new_empty(x.shape[0], x.shape[1], weight.shape[2 if transposed else 1]))  # fmt: skip
-def head_linear(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """A linear layer of its own for each head: x [T, H, K] with weight [H, O, K] ([H, K, O] if `transposed`) → [T, H, O]."""
-    return torch.einsum("thk,hko->tho" if transposed else "thk,hok->tho", x, weight).contiguous()
+@op("head_linear(Tensor x, Tensor weight) -> Tensor", rowwise=True, fake=lambda x, weight: x.new_empty(x.shape[0], x.shape[1], weight.shape[1]))
+def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer of its own for each head: x [T, H, K] with weight [H, O, K] → [T, H, O]."""
+    return torch.einsum("thk,hok->tho", x, weight).contiguous()
 
 
 @op("latent_write(Tensor latent, Tensor? rope, Tensor latent_cache, Tensor slot_mapping) -> Tensor",

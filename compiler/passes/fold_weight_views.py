@@ -17,6 +17,7 @@ from ingot.ops.target import Target
 
 from ..from_function import from_function
 from .match import RESHAPES, argument, aten, calls, drop_unused, ingot
+from .sink_permutes import PERMUTES, order_of
 
 
 def fold_weight_views(graph: Graph, target: Target) -> Graph:
@@ -55,13 +56,16 @@ def _viewed(node: fx.Node, recipe: Recipe) -> Recipe | None:
         begin = argument(node, "start") or 0
         begin = begin + source.meta["val"].shape[dim] if begin < 0 else begin
         return Recipe("slice", (dim, begin, begin + shape[dim]), (recipe,))
+    if calls(node, *PERMUTES):
+        moved = [d for d, place in enumerate(order_of(node)) if d != place]
+        return Recipe("transpose", tuple(moved), (recipe,)) if len(moved) == 2 else None
     return None
 
 
 def example() -> Graph:
     def fn(x: torch.Tensor, up_weight: torch.Tensor) -> list[torch.Tensor]:
         heads = up_weight.view(3, 12, 16)
-        return [ingot.head_linear(ingot.head_linear(x, heads[:, :8], True), heads[:, 8:], False)]
+        return [ingot.head_linear(ingot.head_linear(x, heads[:, :8].transpose(1, 2)), heads[:, 8:])]
 
     f32 = torch.float32
     return from_function(fn, {"x": InputSpec(f32, ("T", 3, 8))}, weights={"up_weight": (f32, (36, 16))})

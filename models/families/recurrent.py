@@ -47,7 +47,7 @@ def rg_lru(self: Any, activations: torch.Tensor, position_ids: torch.Tensor) -> 
     x = activations.squeeze(0)
     heads = x.unflatten(-1, (self.num_attention_heads, self.block_width))
     gates = ((self.input_gate_weight, self.input_gate_bias), (self.recurrent_gate_weight, self.recurrent_gate_bias))
-    gate, recurrent = (torch.sigmoid((_ingot.head_linear(heads, weight, True) + bias).flatten(1)) for weight, bias in gates)
+    gate, recurrent = (torch.sigmoid((_ingot.head_linear(heads, weight.transpose(1, 2)) + bias).flatten(1)) for weight, bias in gates)
     log_decay = -8.0 * recurrent * F.softplus(self.recurrent_param)
     norm = torch.where(position_ids.squeeze(0)[:, None] == 0, 1.0, torch.sqrt(1 - torch.exp(2 * log_decay)))
     x, decay = x * gate * norm.to(x.dtype), torch.exp(log_decay)

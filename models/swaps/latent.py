@@ -45,7 +45,7 @@ def latent_attention(module: Any, query: torch.Tensor, latent: torch.Tensor, rop
     step = context.values
     step[name] = _ingot.latent_write(c, r, step[name], step["slot_mapping_latent"])
     up = module.kv_b_proj.weight.view(-1, nope + width, c.shape[-1])
-    q_latent = _ingot.head_linear(q[..., :nope], up[:, :nope], True)
+    q_latent = _ingot.head_linear(q[..., :nope], up[:, :nope].transpose(1, 2))
     out = _ingot.mla_attention(q_latent, q[..., nope:], step[name], step["cu_seqlens_q"], step["seq_lens"], step["page_table_latent"],
                                None if indices is None else indices.squeeze(0), sinks, scale, mask.window)  # fmt: skip
-    return _ingot.head_linear(out, up[:, nope:], False).unsqueeze(0)
+    return _ingot.head_linear(out, up[:, nope:]).unsqueeze(0)

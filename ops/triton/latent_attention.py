@@ -173,30 +173,26 @@ def mla_attention_kernel(q_latent, q_rope, latent_cache, cu_seqlens_q, seq_lens,
 
 
 @triton.jit
-def head_linear_kernel(x, weight, out, num_tokens, H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
-                       PDL: tl.constexpr):  # fmt: skip
-    """The weight of a head is [K, N] if TRANSPOSED, else [N, K]. PREFETCH: whether to ask for its first block while the predecessor ends."""
+def head_linear_kernel(x, weight, out, num_tokens, H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                       BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """PREFETCH: whether to ask for the first block of the weight while the predecessor ends."""
     head = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    weight += head * N * K
+    row = weight + (head * N + tl.minimum(n, N - 1)) * K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH:
-            if TRANSPOSED:
-                prefetch_rows(weight + k * N + tl.program_id(1) * BLOCK_N, BLOCK_K, BLOCK_N * weight.dtype.element_ty.primitive_bitwidth // 8, THREADS)
-            else:
-                prefetch_rows(weight + n * K, BLOCK_N, BLOCK_K * weight.dtype.element_ty.primitive_bitwidth // 8, THREADS)
+            prefetch_rows(row, BLOCK_N, BLOCK_K * weight.dtype.element_ty.primitive_bitwidth // 8, THREADS)
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     a = x + (tl.minimum(m, num_tokens - 1).to(tl.int64) * H + head)[:, None] * K + k[None, :]
-    b = weight + (k[:, None] * N + n[None, :] if TRANSPOSED else k[:, None] + n[None, :] * K)
+    b = row[None, :] + k[:, None]
     for begin in range(0, K, BLOCK_K):
         inside = begin + k < K
         h = tl.load(a + begin, mask=inside[None, :], other=0.0)
-        w = tl.load(b + begin * (N if TRANSPOSED else 1), mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        w = tl.load(b + begin, mask=inside[:, None], other=0.0)
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
     at = (m.to(tl.int64) * H + head)[:, None] * N + n[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < num_tokens)[:, None] & (n < N)[None, :])
@@ -428,11 +424,11 @@ HEAD_TILES = {16: ((32, 128, 4, 3), (64, 128, 4, 3), (16, 256, 4, 3)), 64: ((64,
 
 @claims("head_linear", "triton")
 def head_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    x, weight, transposed = (call.args[n] for n in ("x", "weight", "transposed"))
+    x, weight = call.args["x"], call.args["weight"]
     if not supported(call) or x.dtype not in FLOATS or x.dtype != weight.dtype:
         return []
     tokens, heads, depth = x.shape
-    width = call.results[0].shape[2]
+    width = weight.shape[1]
     few = most(tokens, steps) <= 16
     block_m = 16 if few or x.dtype == torch.float32 else 64 if most(tokens, steps) <= 64 or steps.deterministic else 128
     operands = {"x": Operand(arg="x"), "weight": Operand(arg="weight"), "out": Operand(out=0), "num_tokens": Operand(size=tokens)}
@@ -441,8 +437,8 @@ def head_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         block_n, block_k = (max(16, min(size, power_of_two(whole))) for size, whole in ((n, width), (k, depth)))
         if x.dtype == torch.float32:
             block_n, block_k = min(block_n, 32), min(block_k, 32)
-        constants = {"H": heads, "N": width, "K": depth, "TRANSPOSED": transposed, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-                     "PREFETCH": few and width % block_n == 0 and depth % block_k == 0, "THREADS": 32 * warps, "PRECISION": _precision(x.dtype)}  # fmt: skip
+        constants = {"H": heads, "N": width, "K": depth, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+                     "PREFETCH": few and depth >= block_k, "THREADS": 32 * warps, "PRECISION": _precision(x.dtype)}  # fmt: skip
         one = launch(call, [head_linear_kernel, prefetch_rows], operands, constants, ((tokens, block_m), (width, block_n), (heads, 1)),
                      num_warps=warps, num_stages=stages)  # fmt: skip
         name = f"m{block_m}_n{block_n}_k{block_k}_w{warps}_s{stages}"

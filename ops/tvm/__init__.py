@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-FAMILIES = ("attention", "embedding", "glu", "kv_cache", "linear", "linear_attention", "moe", "norm", "pooling", "quantized_linear",
+FAMILIES = ("attention", "embedding", "glu", "kv_cache", "latent_attention", "linear", "linear_attention", "moe", "norm", "pooling", "quantized_linear",
             "rotary", "routing", "state_space")  # fmt: skip
 
 

@@ -8,7 +8,7 @@ the end of K. Larger T is oneDNN's (the claimants of `ops/library.py`), over the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import indent
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
@@ -40,11 +40,18 @@ def linear_glu(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     return _candidates(call, steps, target, [])
 
 
+@claims("head_linear", "tvm")
+def head_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    return _candidates(call, steps, target, [])
+
+
 def _candidates(call: Call, steps: Steps, target: Target, addends: list[str]) -> list[Candidate]:
     x, weight = call.args["x"], call.args["weight"]
     tensors = [x, weight, *(call.args[a] for a in addends)]
     most_rows = steps.bound(x.shape[0])
-    if len(x.shape) != 2 or (most_rows > MAX_ROWS and not steps.deterministic) or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
+    if len(x.shape) != len(weight.shape) or x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
+        return []
+    if most_rows > MAX_ROWS and not steps.deterministic:
         return []
     if math.prod(numbers(weight.shape)) >= 1 << 31:  # indices are int32
         return []
@@ -56,9 +63,11 @@ def _candidates(call: Call, steps: Steps, target: Target, addends: list[str]) ->
 def _script(v: Vectors, call: Call, max_rows: int, addends: list[str]) -> str:
     weight: Tensor = call.args["weight"]
     dtype = DTYPES[weight.dtype]
-    (n, k), act = numbers(weight.shape), call.args.get("act")
+    (*heads, n, k), act = numbers(weight.shape), call.args.get("act")
     columns = n // 2 if act else n
     tile = Tile(v, dtype, k, columns, ("gate", "up") if act else ("sums",))
+    if heads:
+        tile = replace(tile, x_row="base + t + m, head", weight_row="head, {}")
 
     results = [v.load("float32", f"{name}[t * {COLUMNS}]", str(COLUMNS)) for name in tile.sums]
     result = f"{v.call(act, results[0])} * {results[1]}" if act else results[0]
@@ -69,9 +78,11 @@ def _script(v: Vectors, call: Call, max_rows: int, addends: list[str]) -> str:
     held = min(max_rows, MAX_ROWS)
     allocated = "\n".join(f'{name} = T.alloc_buffer(({held * COLUMNS},), "float32", scope="global")' for name in tile.sums)
     by_group = f"for group in T.serial(height // {GROUP}):\n{tile(GROUP, f'group * {GROUP}')}"
+    tasks = -(-columns // COLUMNS)
     body = f"""
-for task in T.parallel({-(-columns // COLUMNS)}):
-    first: T.let = task * {COLUMNS}
+for task in T.parallel({math.prod(heads) * tasks}):
+{f"    head: T.let = task // {tasks}" if heads else ""}
+    first: T.let = task{f" % {tasks}" if heads else ""} * {COLUMNS}
     for block in T.serial({f"(rows + {MAX_ROWS - 1}) // {MAX_ROWS}" if max_rows > MAX_ROWS else "1"}):
         base: T.let = block * {MAX_ROWS}
         height: T.let = T.min(rows - base, {MAX_ROWS})
@@ -81,10 +92,15 @@ for task in T.parallel({-(-columns // COLUMNS)}):
             for single in T.serial(height % {GROUP}):
 {indent(tile(1, f"height // {GROUP} * {GROUP} + single"), "            ")}
         for t in T.serial(height):
-            {v.store(dtype, "y[base + t, first]", result, count)}
+            {v.store(dtype, "y[base + t, head, first]" if heads else "y[base + t, first]", result, count)}
 """
     shapes = {"bias": (columns,), "residual": ("rows", columns)}
-    buffers: list[Buffer] = [("x", dtype, ("rows", k)), ("weight", dtype, (n, k)), *((a, dtype, shapes[a]) for a in addends), ("y", dtype, ("rows", columns))]
+    buffers: list[Buffer] = [
+        ("x", dtype, ("rows", *heads, k)),
+        ("weight", dtype, (*heads, n, k)),
+        *((a, dtype, shapes[a]) for a in addends),
+        ("y", dtype, ("rows", *heads, columns)),
+    ]
     return v.script(call.op, buffers, body)
 
 

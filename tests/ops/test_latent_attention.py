@@ -47,11 +47,11 @@ def drawn() -> dict[str, torch.Tensor]:
 
 def latent(d: dict[str, torch.Tensor], indices: torch.Tensor | None = None, sinks: torch.Tensor | None = None, window: int = 0) -> torch.Tensor:
     head_linear = OPS["head_linear"].reference
-    q_latent = head_linear(d["q"][..., :NOPE], d["up"][:, :NOPE], True)
+    q_latent = head_linear(d["q"][..., :NOPE], d["up"][:, :NOPE].transpose(1, 2))
     out = OPS["mla_attention"].reference(
         q_latent, d["q"][..., NOPE:], d["cache"], d["cu_seqlens_q"], d["seq_lens"], d["page_table"], indices, sinks, 0.3, window
     )
-    return head_linear(out, d["up"][:, NOPE:], False)
+    return head_linear(out, d["up"][:, NOPE:])
 
 
 def expanded(d: dict[str, torch.Tensor], chosen: torch.Tensor | None = None, sinks: torch.Tensor | None = None, window: int = 0) -> torch.Tensor:

@@ -108,8 +108,8 @@ def latent_calls(h, topk=None):
     latent, q = Tensor(BF16, (T, h, 512)), Tensor(BF16, (T, h, 128))
     found = [
         Call("latent_write", {"latent": Tensor(BF16, (T, 512)), "rope": Tensor(BF16, (T, 64)), **cache, "slot_mapping": Tensor(I32, (T,))}, ()),
-        Call("head_linear", {"x": q, "weight": Tensor(BF16, (h, 128, 512)), "transposed": True}, (latent,)),
-        Call("head_linear", {"x": latent, "weight": Tensor(BF16, (h, 128, 512)), "transposed": False}, (q,)),
+        Call("head_linear", {"x": q, "weight": Tensor(BF16, (h, 512, 128))}, (latent,)),
+        Call("head_linear", {"x": latent, "weight": Tensor(BF16, (h, 128, 512))}, (q,)),
         Call("mla_attention", {"q_latent": latent, "q_rope": Tensor(BF16, (T, h, 64)), **cache, **batch, "indices": Tensor(I32, (T, topk)) if topk else None,
                                "sinks": None, "scale": 192**-0.5, "window": 0}, (latent,)),
     ]  # fmt: skip

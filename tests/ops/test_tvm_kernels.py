@@ -204,6 +204,32 @@ def _attention() -> None:
             case("paged_attention", steps, args | scaled, rows(dtype, heads, f))
 
 
+BATCH = {"cu_seqlens_q": Tensor(I32, ({"S": 1, "": 1},)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, {"P_full": 1}))}
+
+
+def _latents() -> None:
+    for steps, dtype, heads, o, k in ((ONE, BF16, 3, 40, 24), (FEW, F32, 2, 16, 75), (DECODE, F16, 5, 8, 64)):
+        case("head_linear", steps, {"x": rows(dtype, heads, k), "weight": weight(dtype, heads, o, k)}, rows(dtype, heads, o))
+    for dtype, size, r, page_size in ((BF16, 40, 24, 16), (F32, 75, 0, 4)):
+        cache = Tensor(dtype, (PAGES, 1, page_size, size + r))
+        case("latent_write", PREFILL, {"latent": rows(dtype, size), "rope": rows(dtype, r) if r else None, "latent_cache": cache, "slot_mapping": rows(I32)})
+    shapes: tuple[tuple[Steps, torch.dtype, int, int, int, int, int, dict[str, Any]], ...] = (
+        (PREFILL, BF16, 16, 64, 32, 16, 0, {}),
+        (PREFILL, F32, 5, 24, 8, 20, 0, {"window": 9, "sinks": True}),
+        (DECODE, F16, 4, 40, 0, 4, 0, {}),
+        (ONE, BF16, 3, 64, 16, 16, 0, {"sinks": True}),
+        (PREFILL, F32, 6, 24, 8, 16, 40, {"window": 30, "sinks": True}),
+        (DECODE, BF16, 8, 64, 0, 4, 40, {}),
+    )
+    for steps, dtype, heads, size, r, page_size, topk, options in shapes:
+        args = {"q_latent": rows(dtype, heads, size), "q_rope": rows(dtype, heads, r), "latent_cache": Tensor(dtype, (PAGES, 1, page_size, size + r)), **BATCH}
+        args |= {"indices": rows(I32, topk) if topk else None, "sinks": weight(F32, heads) if "sinks" in options else None, "scale": 0.2}
+        case("mla_attention", steps, args | {"window": options.get("window", 0)}, rows(dtype, heads, size))
+    for steps, dtype, j, d, page_size, topk in ((PREFILL, F32, 4, 24, 16, 5), (DECODE, BF16, 16, 64, 4, 20), (ONE, F16, 3, 40, 16, 100)):
+        args = {"q": rows(dtype, j, d), "weights": rows(F32, j), "index_cache": Tensor(dtype, (PAGES, 1, page_size, d)), **BATCH, "topk": topk, "scale": 0.2}
+        case("sparse_index", steps, args, rows(I32, topk))
+
+
 def _pools() -> None:
     for dtype, width in ((F32, 75), (BF16, 64), (F16, 13)):
         args = {"x": rows(dtype, width), "cu_seqlens_q": Tensor(I32, ({"S": 1, "": 1},)), "pooling": Tensor(I32, (S,))}
@@ -243,7 +269,7 @@ def _recurrences() -> None:
         case("wkv", steps, args | {"wkv_state": Tensor(F32, (SLOTS, 3, c)), **step}, rows(dtype, c))
 
 
-for define in (_linears, _quantized, _experts, _routes, _norms, _glus, _tables, _rotations, _writes, _attention, _pools, _recurrences):
+for define in (_linears, _quantized, _experts, _routes, _norms, _glus, _tables, _rotations, _writes, _attention, _latents, _pools, _recurrences):
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
@@ -272,10 +298,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], S
 def runs(steps: Steps, call: Call) -> Iterator[dict[str, Any]]:
     """Argument values of steps of several sizes."""
     if {"slot_mapping", "cu_seqlens_q"} & set(call.args):
-        page_size = call.args["k_cache"].shape[2] if "k_cache" in call.args else 1
+        page_size = next((call.args[n].shape[2] for n in ("k_cache", "latent_cache", "index_cache") if n in call.args), 1)
         for new in NEW_TOKENS[steps.max_tokens]:
             batch, sizes = _batch(new, page_size)
-            yield {n: batch[n] if n in batch else _random(n, a, call, sizes) for n, a in call.args.items()}
+            yield {n: batch[n] if n in batch and a is not None else _random(n, a, call, sizes) for n, a in call.args.items()}
     else:
         for t in (t for t in (1, 2, 3, 7, 16, 37) if t <= steps.max_tokens):
             sizes = {"T": t, "R": min(t, steps.max_rows)}
@@ -299,6 +325,10 @@ def _batch(new: list[int], page_size: int) -> tuple[dict[str, torch.Tensor], dic
     state_slots = torch.where(torch.tensor(lens) > 0, torch.randperm(len(new) + 2)[: len(new)], -1)
     batch = {"cu_seqlens_q": starts, "seq_lens": torch.tensor(lens), "page_table": pages, "slot_mapping": slots, "pooling": torch.arange(len(new)) % 3}
     batch["state_slots"] = state_slots
+    ends = torch.full((len(slots),), 0)
+    ends[: starts[-1]] = torch.tensor([max(0, length - n + i + 1) for n, length in zip(new, lens, strict=True) for i in range(n)])
+    drawn = torch.rand(len(slots), max(40, *lens)).argsort(-1)[:, :40]
+    batch["indices"] = torch.where(drawn < ends[:, None], drawn, -1)  # positions of the past, in any order
     sizes = {"T": len(slots), "S": len(new), "P_full": width, "N_full": len(new) * width + 2, "N_slot": len(new) + 2}
     return {n: v.int() for n, v in batch.items()}, sizes
 
