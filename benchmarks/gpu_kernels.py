@@ -138,8 +138,27 @@ def attention(model: str, m: Model, seqs: int, new: int, context: int) -> Proble
     return Problem(model, f"attention {seqs}x{new}@{context}", Call("paged_attention", args, (q,)), steps, sizes, nbytes, flops, values, library)
 
 
+LATENT_HEADS = {"deepseek-v2-lite": 16, "deepseek-v3": 128}
+
+
+def latent_attention(model: str, heads: int, seqs: int, new: int, context: int) -> Problem:
+    """Over latents of 512 and rotated keys of 64, read once for all heads."""
+    sizes, values = batch(seqs, new, context)
+    latent, rope = Tensor(BF16, (T, heads, 512)), Tensor(BF16, (T, heads, 64))
+    args = {"q_latent": latent, "q_rope": rope, "latent_cache": Tensor(BF16, (N, 1, PAGE, 576)), "cu_seqlens_q": Tensor(I32, (S1,)),
+            "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P)), "indices": None, "sinks": None, "scale": 192**-0.5, "window": 0}  # fmt: skip
+    steps = Steps(seqs, seqs, 1, seqs, True) if new == 1 else Steps(seqs * new, 64, seqs * new, 64, False)
+    nbytes = 2.0 * (576 * seqs * context + (576 + 512) * seqs * new * heads)
+    flops = 2.0 * (576 + 512) * heads * seqs * sum(range(context - new + 1, context + 1))
+    return Problem(model, f"latent {seqs}x{new}@{context}", Call("mla_attention", args, (latent,)), steps, sizes, nbytes, flops, values)
+
+
 def problems() -> list[Problem]:
-    found = []
+    found = [
+        latent_attention(name, heads, seqs, new, context)
+        for name, heads in LATENT_HEADS.items()
+        for seqs, new, context in ((1, 1, 4096), (1, 1, 32768), (64, 1, 1024), (64, 1, 4096), (1, 2048, 2048))
+    ]
     for name, m in MODELS.items():
         q, kv, d = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden
         for rows in (1, 16, 64, 256, 2048):

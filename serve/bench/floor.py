@@ -19,10 +19,10 @@ from ingot.ops.dims import Dim, evaluate, product
 
 from .rates import Rates
 
-WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write")
+WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write", "ingot.latent_write")
 """Ops that have a cache among their arguments and do not read it."""
 EXPERTS = ("ingot.moe", "ingot.grouped_linear")
-MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", *EXPERTS)
+MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", "ingot.head_linear", *EXPERTS)
 """How the names of ops begin that multiply rows with weights; of experts, with one of many."""
 
 
@@ -143,10 +143,13 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
                 others.add(weight.name)
         caches = [s for s in manifest.states if s.name in roots and groups[s.group].kind == "page"]
         if caches and out is not None and entries[0].target not in WRITES:
-            group = groups[caches[0].group]
-            flops, nbytes = sites.get(group.window, (0.0, 0))
+            group, given = groups[caches[0].group], [values[n] for a in entries[0].args for n in a.names() if n not in entries[0].outputs]
+            listed = [v.shape[1] for v in given if v.dtype == "int32" and v.storage == "arena" and len(v.shape) == 2]
+            window = int(listed[0]) if listed else group.window  # type: ignore[arg-type]  # of sparse attention, so many tokens are seen
+            flops, nbytes = sites.get(window, (0.0, 0))
             token = sum(math.prod(s.shape) * _itemsize(s.dtype) for s in caches) // group.page_size
-            sites[group.window] = flops + _pair_flops(out, caches[0].shape[-1]), nbytes + token
+            scored = given[0] if entries[0].target == "ingot.sparse_index" else out
+            sites[window] = flops + _pair_flops(scored, caches[0].shape[-1], scored is out), nbytes + token
     attention = tuple(Attention(flops, nbytes, window) for window, (flops, nbytes) in sites.items())
     return tuple(products), attention, sum(_nbytes(weights[n]) for n in others)
 
@@ -164,11 +167,11 @@ def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], valu
     return Product(rows, elements, _nbytes(weight), experts, active)
 
 
-def _pair_flops(out: Value, key_size: int) -> float:
-    """Multiplying a query with a key and a probability with a value, for all heads: out is [T, H, F]."""
+def _pair_flops(out: Value, key_size: int, weighs: bool) -> float:
+    """Multiplying a query with a key and, if it `weighs` values, a probability with a value, for all heads: out is [T, H, F]."""
     heads, value_size = out.shape[1:]
     assert isinstance(heads, int) and isinstance(value_size, int)
-    return 2.0 * heads * (key_size + value_size)
+    return 2.0 * heads * (key_size + value_size * weighs)
 
 
 def _nbytes(weight: WeightTensor) -> int:

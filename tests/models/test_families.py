@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+import ingot.ops.triton
 from ingot.compiler.build import _groups
+from ingot.compiler.call import call_of
+from ingot.compiler.pipeline import lower
 from ingot.models import oracle, tiny
 from ingot.models.families.alibi import slopes
 from ingot.models.frontend import TraceError, build, trace
+from ingot.ops import OPS
 from ingot.ops.graph import target_name
+from ingot.ops.kernel import Steps, claimants
+from ingot.ops.target import Target
 
 FALCONS = {
     "new": {"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -100,6 +106,17 @@ def test_a_latent_cache_is_one_row_a_token(model_type: str) -> None:
     assert sites == config.num_hidden_layers
     assert group.bytes_per_unit == sites * 16 * row * 2
     assert not [n for n in graph.fx.nodes if "paged_attention" in target_name(n.target)]
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "deepseek_v32"])
+def test_a_decode_step_over_latents_never_waits_for_the_host(model_type: str) -> None:
+    """Each op whose reference would has a kernel, on a GPU, so that a CUDA graph holds the step."""
+    ingot.ops.triton.load()
+    target, steps = Target("cuda", "sm_90", ""), Steps(8, 8, 1, 8, exact=True, page_size=64)
+    graph, _ = lower(trace(tiny.config(model_type), dtype=torch.bfloat16, page_size=64), target)
+    calls = [call for node in graph.fx.nodes if (call := call_of(graph, node)) is not None and call.region is None]
+    assert {call.op for call in calls} >= {"mla_attention", "head_linear"}
+    assert not [call.op for call in calls if OPS[call.op].host_sync and not claimants(call, steps, target)]
 
 
 def test_a_latent_cache_is_not_quantized() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,43 @@ def test_a_mixture_of_experts_by_hand() -> None:
     assert floor.prefill(8192) == pytest.approx((2 * 8192 * (dense + experts / 4) + attention) / 650e12, rel=1e-3)
 
 
+class _Read:
+    """A plan and a manifest that have what the floor reads of them."""
+
+    def __init__(self, values: tuple[Value, ...], entries: tuple[Entry, ...], states: tuple[State, ...], group: Group) -> None:
+        self.values, self.entries, self.states, self.groups = values, entries, states, (group,)
+        self.weights = tuple(WeightTensor(v.name, v.dtype, v.shape, 0, 0, []) for v in values if v.storage == "weight")  # type: ignore[arg-type]
+
+    def costs(self) -> Any:
+        return _costs(self, self)  # type: ignore[arg-type]
+
+
+def entry(node: str, target: str, args: str, outputs: str) -> Entry:
+    return Entry(node, target, "triton", tuple(Arg(value=a) for a in args.split()), tuple(outputs.split()))
+
+
+def test_a_plan_with_latents_is_read() -> None:
+    """Every head has a weight of its own; a cached row is key and value; of a list, so many rows are read, after scores of all by the indexer."""
+    t = {"T": 1}
+    values = (
+        Value("q", "bfloat16", (t, 4, 8), "arena"), Value("up", "bfloat16", (4, 16, 8), "weight"), Value("ql", "bfloat16", (t, 4, 16), "arena"),
+        Value("qr", "bfloat16", (t, 4, 6), "arena"), Value("l", "bfloat16", ({"N_l": 1}, 1, 64, 22), "state"), Value("slots", "int32", (t,), "input"),
+        Value("i", "bfloat16", ({"N_l": 1}, 1, 64, 12), "state"), Value("qi", "bfloat16", (t, 3, 12), "arena"), Value("list", "int32", (t, 7), "arena"),
+        Value("table", "int32", ({"S": 1}, {"P_l": 1}), "input"), Value("o", "bfloat16", (t, 4, 16), "arena"), Value("part", "float32", (t, 9), "arena"),
+        Value("o2", "bfloat16", (t, 4, 16), "arena"),
+    )  # fmt: skip
+    entries = (
+        entry("u", "ingot.head_linear", "q up ql", "ql"), entry("w", "ingot.latent_write", "ql qr l slots", ""),
+        entry("a", "ingot.mla_attention", "ql qr l table part", "o part"), entry("a", "ingot.mla_attention", "part o", "o part"),
+        entry("x", "ingot.sparse_index", "qi i table list", "list"), entry("b", "ingot.mla_attention", "ql qr l table list o2", "o2"),
+    )  # fmt: skip
+    states = (State("l", "latent", "bfloat16", (1, 64, 22)), State("i", "latent", "bfloat16", (1, 64, 12)))
+    products, attention, other = _Read(values, entries, states, Group("latent", "page", 64, 4096, 0)).costs()
+    assert (products, other) == ((Product(t, 4 * 16 * 8, 1024),), 0)
+    whole, listed = 2.0 * 4 * (22 + 16), Attention(2.0 * 4 * (22 + 16), 44, 7)
+    assert attention == (Attention(whole + 2.0 * 3 * 12, 44 + 24, 0), listed)
+
+
 def test_a_plan_is_read() -> None:
     """A linear in two launches, experts, a windowed attention, a norm; embedding rows and cache writes cost nothing."""
     t, page = {"T": 1}, ({"N_w": 1}, 2, 16, 4)
@@ -83,9 +122,6 @@ def test_a_plan_is_read() -> None:
         Value("bias", "bfloat16", (4, 10), "weight"),
     )  # fmt: skip
 
-    def entry(node: str, target: str, args: str, outputs: str) -> Entry:
-        return Entry(node, target, "triton", tuple(Arg(value=a) for a in args.split()), tuple(outputs.split()))
-
     entries = (
         entry("e", "ingot.embedding", "ids table x", "x"), entry("n", "ingot.rms_norm", "x norm x", "x"),
         entry("l", "ingot.linear", "x w part", "y part"), entry("l", "ingot.linear", "part y", "y part"),
@@ -93,15 +129,8 @@ def test_a_plan_is_read() -> None:
         entry("m", "ingot.moe", "order top", "order z"), entry("m", "ingot.moe", "x order experts bias z", "order z"),
     )  # fmt: skip
 
-    class Plan:
-        pass
-
-    plan, manifest = Plan(), Plan()
-    plan.values, plan.entries = values, entries  # type: ignore[attr-defined]
-    manifest.weights = tuple(WeightTensor(v.name, v.dtype, v.shape, 0, 0, []) for v in values if v.storage == "weight")  # type: ignore[attr-defined, arg-type]
-    manifest.states = tuple(State(n, "window9", "bfloat16", (2, 16, 4)) for n in "kv")  # type: ignore[attr-defined]
-    manifest.groups = (Group("window9", "page", 16, 512, 9),)  # type: ignore[attr-defined]
-    products, attention, other = _costs(plan, manifest)  # type: ignore[arg-type]
+    states = tuple(State(n, "window9", "bfloat16", (2, 16, 4)) for n in "kv")
+    products, attention, other = _Read(values, entries, states, Group("window9", "page", 16, 512, 9)).costs()
     assert products == (Product({"T": 1}, 96, 192), Product({"T": 2}, 320, 640, experts=4, active=2))
     assert attention == (Attention(2.0 * 6 * (4 + 4), 2 * 2 * 4 * 2, 9),)
     assert other == 16 + 80
