@@ -13,13 +13,13 @@ from ..kernel import Candidate, Operand
 from ..quantize import LARGEST
 from .activations import activate, tanh
 from .prefetch import prefetch_rows
-from .quantize import row_scale, to_eight_bits
+from .quantize import row_scale
 from .quantized_product import CHUNK, KINDS, Product
 from .source import launch, power_of_two
 
 SIXTEEN = 0x41800000
 """The bits of 16 in float32. Kernels get them at run time: see `dequantize.MAGIC`."""
-TILES = ((8, 4096, 8), (16, 4096, 8), (8, 2048, 4), (4, 4096, 8))
+TILES = ((8, 4096, 8), (16, 4096, 8), (8, 4096, 4), (8, 2048, 4))
 """Rows of the weight, columns, warps: best first. More rows share what it costs to make the row of x ready, fewer make more programs."""
 
 
@@ -31,20 +31,31 @@ def nibble(words, sixteen, Q: tl.constexpr):
 
 
 @triton.jit
-def rounded_row(h, by, ROUND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr):
-    """A row [1, N] as eight bits say it: in units of `by` [1, 1], or, with groups of their own scales, dequantized."""
-    dtype: tl.constexpr = tl.int8 if ROUND == "int8" else tl.float8e4nv
-    if GROUP > 0:
-        groups = tl.reshape(h, [h.shape[1] // GROUP, GROUP])
-        each = row_scale(groups, LARGEST)
-        return tl.reshape(to_eight_bits(groups, each, dtype, LARGEST).to(tl.float32) * each, h.shape)
+def as_codes(h, scale, ROUND: tl.constexpr):
+    """h in units of `scale`, in float32, as eight bits say it. What is beyond their range is there by `scale` alone, which the conversion saturates."""
+    h *= tl.where(scale > 0.0, 1.0 / scale, 0.0)
+    if ROUND == "int8":
+        return (h + 12582912.0) - 12582912.0  # 1.5 · 2²³: its last bit is 1
     else:
-        return to_eight_bits(h, by, dtype, LARGEST).to(tl.float32)
+        return h.to(tl.float8e4nv).to(tl.float32)
 
 
 @triton.jit
-def columns_of(x, norm_weight, k, K: tl.constexpr, OFFSET: tl.constexpr):
-    """Columns k of the row x, times the norm's weight if there is one."""
+def rounded_row(h, by, ROUND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr):
+    """A row [K] as eight bits say it: in units of `by`, or, with groups of their own scales, dequantized."""
+    if GROUP > 0:
+        groups = tl.reshape(h, [h.shape[0] // GROUP, GROUP])
+        each = row_scale(groups, LARGEST)
+        return tl.reshape(as_codes(groups, each, ROUND) * each, h.shape)
+    else:
+        return as_codes(h, by, ROUND)
+
+
+@triton.jit
+def columns_of(x, norm_weight, begin, BLOCK_K: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr):
+    """BLOCK_K columns of the row x, times the norm's weight if there is one. In one dimension, so that it is they, and not the weights,
+    that are brought into the other's layout."""
+    k = begin + tl.arange(0, BLOCK_K)
     h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if norm_weight is not None:
         h *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
@@ -68,7 +79,7 @@ def product_of_words(words, sixteen, scale_row, zero_row, x, norm_weight, begin,
     N: tl.constexpr = words.shape[0]
     CHUNKS: tl.constexpr = words.shape[1] // 16
     RUNS: tl.constexpr = max(128 // GROUP, 1) if GROUP > 0 else 1
-    h = columns_of(x, norm_weight, begin + tl.arange(0, CHUNKS * 128)[None, :], K, OFFSET)
+    h = columns_of(x, norm_weight, begin, CHUNKS * 128, K, OFFSET)
     # chunk, j, bits of q, t, h → a word's columns behind its place: h, bits of q
     h = tl.permute(tl.reshape(h, [CHUNKS, 4, 2, 2, 4, 2]), (0, 4, 1, 5, 2, 3))
     low, high = tl.split(tl.permute(tl.reshape(h, [1, CHUNKS * 16, 2, 4]), (0, 1, 3, 2)))
@@ -100,20 +111,31 @@ def product_of_words(words, sixteen, scale_row, zero_row, x, norm_weight, begin,
 
 
 @triton.jit
-def product_of_bytes(codes, scale_row, zero_row, x, norm_weight, begin, by, K: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr, ROUND: tl.constexpr,
-                     X_GROUP: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
-    """Products [N, BLOCK_K] of codes of eight bits with x, to be added up."""
-    k = begin + tl.arange(0, codes.shape[1])[None, :]
-    w = codes.to(tl.float32)
-    h = columns_of(x, norm_weight, k, K, OFFSET)
+def product_of_bytes(codes, scale_row, zero_row, x, norm_weight, begin, by, K: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, MIDDLE: tl.constexpr,
+                     ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Products [N, BLOCK_K / 16] of codes of eight bits with x, to be added up: what a thread has of a row in one load is added first."""
+    N: tl.constexpr = codes.shape[0]
+    RUNS: tl.constexpr = codes.shape[1] // 16
+    h = columns_of(x, norm_weight, begin, RUNS * 16, K, OFFSET)
     if ROUND is not None:
         h = rounded_row(h, by, ROUND, X_GROUP, LARGEST)
-    run = k // GROUP if GROUP > 0 else 0
+    part = tl.sum(tl.reshape(codes.to(tl.float32) * h[None, :], [N, RUNS, 16]), 2)
+    run = tl.minimum((begin + tl.arange(0, RUNS)[None, :] * 16) // GROUP, SCALES - 1) if GROUP > 0 else tl.zeros([1, 1], tl.int32)
     if zero_row is not None:
-        w += MIDDLE - tl.load(zero_row + run, mask=k < K, other=0.0).to(tl.float32)
+        part += (MIDDLE - tl.load(zero_row + run).to(tl.float32)) * tl.sum(tl.reshape(h, [1, RUNS, 16]), 2)
     if GROUP > 0:
-        w *= tl.load(scale_row + run, mask=k < K, other=0.0).to(tl.float32)
-    return w * h
+        part *= tl.load(scale_row + run).to(tl.float32)
+    return part
+
+
+@triton.jit
+def product_of(codes, sixteen, scale_row, zero_row, x, norm_weight, begin, by, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+               SCALES: tl.constexpr, MIDDLE: tl.constexpr, ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr,
+               OFFSET: tl.constexpr):  # fmt: skip
+    if BITS == 4:
+        return product_of_words(codes, sixteen, scale_row, zero_row, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET)
+    else:
+        return product_of_bytes(codes, scale_row, zero_row, x, norm_weight, begin, by, K, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
 
 
 @triton.jit
@@ -139,25 +161,22 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
             if ACT is not None:
                 prefetch_rows(rest + N * WORDS, BLOCK_N, PREFETCH, THREADS)
         tl.extra.cuda.gdc_wait()
-    by = tl.zeros([1, 1], tl.float32)
-    factor = tl.full([1, 1], 1.0, tl.float32)
-    biggest = tl.zeros([1, BLOCK_K], tl.float32)
-    squares = tl.zeros([1, BLOCK_K], tl.float32)
+    by = 0.0
+    factor = 1.0
     if EPS is not None or (ROUND is not None and X_GROUP == 0 and input_scale is None):
+        biggest = tl.zeros([BLOCK_K], tl.float32)
+        squares = tl.zeros([BLOCK_K], tl.float32)
         for begin in tl.static_range(0, K, BLOCK_K):
-            k = begin + tl.arange(0, BLOCK_K)[None, :]
             if EPS is not None:
-                h = columns_of(x, None, k, K, OFFSET)
+                h = columns_of(x, None, begin, BLOCK_K, K, OFFSET)
                 squares += h * h
             if ROUND is not None:
-                biggest = tl.maximum(biggest, tl.abs(columns_of(x, norm_weight, k, K, OFFSET)))
-    if EPS is not None:
-        factor = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
-    if ROUND is not None:
-        if X_GROUP == 0 and input_scale is None:
-            by = row_scale(biggest, LARGEST)  # of x before it is normalized, as are the codes
-        elif input_scale is not None:
-            by = tl.load(input_scale) / factor
+                biggest = tl.maximum(biggest, tl.abs(columns_of(x, norm_weight, begin, BLOCK_K, K, OFFSET)))
+        if EPS is not None:
+            factor = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+        by = tl.max(biggest, 0) / LARGEST if ROUND is not None else 0.0  # of x before it is normalized, as are the codes
+    if input_scale is not None:
+        by = tl.load(input_scale) / factor
     scale_row = scale + (inside // SCALE_ROWS * SCALES)[:, None]
     up_scale = scale + ((inside + N) // SCALE_ROWS * SCALES)[:, None]
     zero_row = None
@@ -165,40 +184,28 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
     if zero is not None:
         zero_row = zero + (inside * SCALES)[:, None]
         up_zero = zero_row + N * SCALES
-    for begin in tl.static_range(0, K, BLOCK_K):
-        if begin > 0:
-            w = codes_of(row, begin, WORDS, BITS, BLOCK_K)
-            if ACT is not None:
-                v = codes_of(row + N * WORDS, begin, WORDS, BITS, BLOCK_K)
-        if BITS == 4:
-            part = product_of_words(w, sixteen, scale_row, zero_row, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET)
-            if ACT is not None:
-                up = product_of_words(v, sixteen, up_scale, up_zero, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET)
-        else:
-            part = product_of_bytes(w, scale_row, zero_row, x, norm_weight, begin, by, K, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
-            if ACT is not None:
-                up = product_of_bytes(v, up_scale, up_zero, x, norm_weight, begin, by, K, GROUP, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
-        if begin == 0:
-            acc = part
-        else:
-            acc += part
+    acc = product_of(w, sixteen, scale_row, zero_row, x, norm_weight, 0, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+    if ACT is not None:
+        up = product_of(v, sixteen, up_scale, up_zero, x, norm_weight, 0, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+    for begin in tl.range(BLOCK_K, K, BLOCK_K, num_stages=1):
+        w = codes_of(row, begin, WORDS, BITS, BLOCK_K)
         if ACT is not None:
-            if begin == 0:
-                up_acc = up
-            else:
-                up_acc += up
+            v = codes_of(row + N * WORDS, begin, WORDS, BITS, BLOCK_K)
+        acc += product_of(w, sixteen, scale_row, zero_row, x, norm_weight, begin, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+        if ACT is not None:
+            up += product_of(v, sixteen, up_scale, up_zero, x, norm_weight, begin, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
     h = tl.sum(acc, 1)
     if ACT is not None:
-        u = tl.sum(up_acc, 1)
+        u = tl.sum(up, 1)
     if GROUP == 0:
         h *= tl.load(scale + inside).to(tl.float32)
         if ACT is not None:
             u *= tl.load(scale + N + inside).to(tl.float32)
     if ROUND is not None and X_GROUP == 0:
         factor *= by
-    h *= tl.sum(factor)
+    h *= factor
     if ACT is not None:
-        h = activate(h, ACT) * (u * tl.sum(factor))
+        h = activate(h, ACT) * (u * factor)
     if bias is not None:
         h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if residual is not None:
@@ -209,7 +216,7 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
 def gemvs(product: Product) -> list[Candidate]:
     call, weights, k, row_bytes = product.call, product.weights, product.k, product.weights.words(product.k) * (4 if product.weights.bits == 4 else 1)
     operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale", "weight", "scale", "zero", "bias", "residual")} | {"out": Operand(out=0)}
-    functions = [quantized_gemv_kernel, product_of_words, product_of_bytes, codes_of, columns_of, rounded_row, nibble, row_scale, to_eight_bits,
+    functions = [quantized_gemv_kernel, product_of, product_of_words, product_of_bytes, codes_of, columns_of, rounded_row, as_codes, nibble, row_scale,
                  prefetch_rows, activate, tanh]  # fmt: skip
     sixteen = {"sixteen": Operand(const=SIXTEEN)} if weights.bits == 4 else {}
     absent = {} if sixteen else {"sixteen": None}
