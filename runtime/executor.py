@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,8 +84,8 @@ class Executor:
         self._roots = weights.load(artifact, self.device, progress=lambda done, of: progress("load weights", done / max(of, 1)))
         progress("allocate the KV cache", 0.0)
         for state in manifest.states:
-            # zeros, so that no NaN of old memory meets a zero probability
-            self._roots[state.name] = torch.zeros(memory.num_units[state.group], *state.shape, dtype=getattr(torch, state.dtype), device=self.device)
+            shape = (memory.num_units[state.group], *state.shape)
+            self._roots[state.name] = _zeros(shape, getattr(torch, state.dtype), self.device)
         self._roots |= tickets(forward, self.device)
         self._states = [[self._roots[s.name] for s in manifest.states if s.group == g] for g in groups]
         self.layout = StepLayout.of(groups, self.info.max_num_seqs, memory.max_model_len)
@@ -182,3 +184,13 @@ class Executor:
             self._staging.upload(self._staging.batch(StepSize(0, 0, 0, 0), size))
             count = len(variant.entries) if decodes else variant.num_before_rows()
             self._captured[name, tokens] = _Captured(capture(self._bind_part(variant, size, slice(count)), pool, stream), count)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A state at rest: no NaN of old memory may meet a zero probability. On a CPU the system clears a page of memory when it is first touched,
+    so that a cache of gigabytes takes neither time nor memory before it is used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)

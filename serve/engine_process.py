@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 
 from ingot.ops.errors import IngotError
+from ingot.ops.garbage import uncollected
 from ingot.runtime.embedder import Embedder
 from ingot.runtime.engine import Engine, EngineOptions
 from ingot.runtime.request import Delta, RequestError
@@ -68,9 +69,10 @@ def run(fds: list[int], config_json: str, stages: Stages) -> int:
     config = json.loads(config_json)
     module, _, function = config["factory"].partition(":")
     try:
-        load = getattr(importlib.import_module(module), function)
-        options = EngineOptions(**config["options"])
-        engine = load(config["artifact"], options, progress=stages.watching(lambda stage, fraction: connections[0].send(Loading(stage, fraction))))
+        with uncollected():
+            load = getattr(importlib.import_module(module), function)
+            options = EngineOptions(**config["options"])
+            engine = load(config["artifact"], options, progress=stages.watching(lambda stage, fraction: connections[0].send(Loading(stage, fraction))))
         stages.enter("ready")
         for client in connections:
             clients.send(client, Ready(age(), stages.seconds, engine.max_model_len, engine.vocab_size))

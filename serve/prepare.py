@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 from ingot.ops.cuda import make_context
-from ingot.ops.garbage import uncollected
 
 from .process import Stages
 
@@ -14,7 +13,6 @@ def prepare(stages: Stages) -> None:
     """Make the GPU's context in a thread, which takes long and needs nothing imported, and import torch meanwhile."""
     threading.Thread(target=make_context, daemon=True).start()
     stages.enter("import torch")
-    with uncollected():
-        import torch  # noqa: F401
+    import torch  # noqa: F401
 
     stages.enter("import Ingot")

@@ -70,13 +70,16 @@ def generate_command(
 
     stages = Stages("python")
     artifact = resolve(model_or_artifact, flags)
+    from ingot.ops.garbage import uncollected
+
     from ..prepare import prepare
 
-    prepare(stages)
-    from ingot.runtime.engine import EngineOptions
-    from ingot.runtime.load import load_engine
+    with uncollected():
+        prepare(stages)
+        from ingot.runtime.engine import EngineOptions
+        from ingot.runtime.load import load_engine
 
-    from ..progress import StageBar
+        from ..progress import StageBar
 
     with StageBar("loading") as bar:
         engine = load_engine(artifact, EngineOptions(), stages.watching(bar.update))
