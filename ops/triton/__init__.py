@@ -16,6 +16,7 @@ FAMILIES = (
     "linear_attention",
     "moe",
     "norm",
+    "norm_gated",
     "packed_attention",
     "pooling",
     "quantized_linear",

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and behind a residual addition: one task a row, which stays in the first cache between the two passes."""
+"""RMSNorm, alone, behind a residual addition and with a gate: one task a row, which stays in the first cache between the two passes."""
 
 from __future__ import annotations
 
@@ -65,3 +65,46 @@ for row in {parallel(steps, x)}({rows}):
 {v.over(d, scale, 1)}
 """,
     )
+
+
+@claims("rms_norm_gated", "tvm")
+def rms_norm_gated(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """A task a row again, its groups one after the other."""
+    x, gate, weight = (call.args[n] for n in ("x", "gate", "weight"))
+    if any(t is not None and t.dtype not in DTYPES for t in (x, gate, weight)) or len(x.shape) not in (2, 3):
+        return []
+    v, widths = Vectors(target), numbers(x.shape[1:])
+    d = widths[-1]
+    group = call.args["group"] or d
+    row, rows = row_index(x, "row")
+
+    def value(k: str, count: str | None) -> tuple[str, str]:
+        """x and its gate."""
+        parts = [v.load(DTYPES[t.dtype], f"{n}[{row}, first + {k}]", count) for n, t in (("x", x), ("gate", gate))]
+        return parts[0], v.call(call.args["act"], parts[1])
+
+    def square(k: str, count: str | None) -> list[str]:
+        h, g = value(k, count)
+        return [f"element: T.let = {h if call.args['norm_first'] else f'{h} * {g}'}", "squares[0] = squares[0] + element * element"]
+
+    def scale(k: str, count: str | None) -> list[str]:
+        weighted = f" * {v.load(DTYPES[weight.dtype], f'weight[first + {k}]', count)}" if weight is not None else ""
+        return [v.store(DTYPES[x.dtype], f"y[{row}, first + {k}]", f"{' * '.join(value(k, count))} * {v.splat('scale[0]')}{weighted}", count)]
+
+    shape: tuple[int | str, ...] = ("size", *widths)
+    buffers: list[Buffer] = [("x", DTYPES[x.dtype], shape), ("gate", DTYPES[gate.dtype], shape)]
+    buffers += [("weight", DTYPES[weight.dtype], (d,))] if weight is not None else []
+    body = f"""
+for row in {parallel(steps, x)}({rows}):
+    squares = T.alloc_buffer((1,), "{v.type}", scope="global")
+    scale = T.alloc_buffer((1,), "float32", scope="global")
+    for g in T.serial({d // group}):
+        first: T.let = g * {group}
+        squares[0] = {v.splat(0.0)}
+{v.over(group, square, 2)}
+        scale[0] = T.float32(1) / T.sqrt({v.sum("squares[0]")} / T.float32({group}) + T.float32({call.args["eps"]!r}))
+{v.over(group, scale, 2)}
+"""
+    text = v.script(call.op, [*buffers, ("y", DTYPES[x.dtype], shape)], body)
+    operands = [Operand(arg=n) for n, _, _ in buffers]
+    return [Candidate("rows", (Launch(Source(call.op, "tvm", call.op, text), (*operands, Operand(out=0))),))]

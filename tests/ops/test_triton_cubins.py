@@ -34,6 +34,8 @@ def recurrences(dtype):
     heads, channels = Tensor(F32, (80,)), Tensor(F32, (5120,))
     delta = {"q": rows(16, 128), "k": rows(16, 128), "v": rows(32, 128), "g": rows(32, dtype=F32), "beta": rows(32), "delta_state": slots(32, 128, 128)}
     return [
+        Call("rms_norm_gated", {"x": rows(5120, dtype=F32), "gate": rows(5120), "weight": channels, "eps": 1e-5, "group": 0, "act": "silu",
+                                "norm_first": False}, (rows(5120, dtype=F32),)),
         Call("causal_conv1d", {"x": rows(5376), "weight": Tensor(dtype, (5376, 4)), "bias": Tensor(dtype, (5376,)),
                                "conv_state": slots(5376, 3, dtype=dtype), **step, "act": "silu"}, (rows(5376),)),
         Call("ssd_scan", {"x": rows(80, 64), "dt": rows(80), "A": heads, "B": rows(1, 128), "C": rows(1, 128), "D": heads, "dt_bias": heads,

@@ -110,6 +110,14 @@ def norm_cases(residual):
     }
 
 
+def gated_norm_cases():
+    def case(shape, group, act, norm_first, weighted=True):
+        args = {"x": tensor(T, *shape), "gate": tensor(T, *shape), "weight": tensor(shape[-1], dtype=F32) if weighted else None}
+        return Case(args | {"eps": 1e-5, "group": group, "act": act, "norm_first": norm_first}, (tensor(T, *shape),), {"T": 7})
+
+    return {"odd": case((72,), 0, "silu", True), "groups": case((60,), 20, "silu", False), "heads": case((3, 24), 0, "sigmoid", True, False)}
+
+
 def linear_cases(op):
     cases = {}
     for rows, n, k, bias in ((1, 40, 520, True), (5, 72, 330, False), (40, 50, 96, True), (150, 72, 130, True), (70, 7, 24, False)):
@@ -588,6 +596,7 @@ CASES = {
     "rms_norm": norm_cases(False)
     | {"heads": Case({"x": tensor(T, 3, 16), "weight": tensor(16), "eps": 1e-6, "offset": 0.0}, (tensor(T, 3, 16),), {"T": 70})},
     "add_rms_norm": norm_cases(True),
+    "rms_norm_gated": gated_norm_cases(),
     "linear": linear_cases("linear") | {"split": Case({"x": tensor(T, 1100), "weight": tensor(24, 1100), "bias": tensor(24)}, (tensor(T, 24),), {"T": 3})},
     "linear_add": linear_cases("linear_add") | {
         f"split {t}": Case({"x": tensor(T, 1100), "weight": tensor(40, 1100), "bias": None, "residual": tensor(T, 40)}, (tensor(T, 40),), {"T": t})

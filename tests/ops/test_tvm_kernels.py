@@ -127,6 +127,16 @@ def _norms() -> None:
         case("add_rms_norm", PREFILL, {"x": rows(dtype, *shape), "residual": rows(dtype, *shape), **args}, rows(dtype, *shape), rows(dtype, *shape))
 
 
+def _gated_norms() -> None:
+    for dtype, shape, w, group, act, first in (
+        (F32, (75,), F32, 0, "silu", True),
+        (BF16, (2, 24), None, 12, "sigmoid", False),
+        (F16, (64,), F16, 32, "silu", False),
+    ):
+        args = {"x": rows(dtype, *shape), "gate": rows(dtype, *shape), "weight": weight(w, shape[-1]) if w else None}
+        case("rms_norm_gated", PREFILL, args | {"eps": 1e-5, "group": group, "act": act, "norm_first": first}, rows(dtype, *shape))
+
+
 def _glus() -> None:
     for dtype, shape, act in zip((F32, BF16, F16, F32, BF16), ((75,), (3, 24), (5,), (64,), (1030,)), ACTIVATIONS, strict=True):
         case("glu", PREFILL, {"gate_up": rows(dtype, *shape[:-1], 2 * shape[-1]), "act": act}, rows(dtype, *shape))
@@ -269,7 +279,7 @@ def _recurrences() -> None:
         case("wkv", steps, args | {"wkv_state": Tensor(F32, (SLOTS, 3, c)), **step}, rows(dtype, c))
 
 
-for define in (_linears, _quantized, _experts, _routes, _norms, _glus, _tables, _rotations, _writes, _attention, _latents, _pools, _recurrences):
+for define in (_linears, _quantized, _experts, _routes, _norms, _gated_norms, _glus, _tables, _rotations, _writes, _attention, _latents, _pools, _recurrences):
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
