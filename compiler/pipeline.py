@@ -22,6 +22,7 @@ from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
 from .passes.quantize_linears import quantize_linears
 from .passes.straighten_experts import straighten_experts
+from .passes.ungroup_columns import ungroup_columns
 
 Pass = Callable[[Graph, Target], Graph]
 
@@ -29,6 +30,7 @@ PIPELINE: tuple[Pass, ...] = (
     clean_views,  # first, so that patterns need not look through views
     fold_weight_views,  # weights are what they will be before anything merges them
     straighten_experts,
+    ungroup_columns,  # before siblings merge: a linear's columns are one product's
     fuse_glu,  # before siblings merge: gate and up must lie in this order
     merge_siblings,
     fuse_rope_kv,  # needs the merged QKV

@@ -53,10 +53,10 @@ def column_slice(node: fx.Node) -> tuple[fx.Node, int, int]:
     node = through_reshapes(node)
     if calls(node, operator.getitem):
         parent, index = node.args
-        if calls(parent, aten.split_with_sizes.default, aten.split.sizes) and _last_dim(parent):
+        if calls(parent, aten.split_with_sizes.default, aten.split.sizes) and last_dim(parent):
             sizes = parent.args[1]
             return _within(parent.args[0], sum(sizes[:index]), sizes[index])
-        if calls(parent, aten.chunk.default, aten.split.Tensor) and _last_dim(parent):
+        if calls(parent, aten.chunk.default, aten.split.Tensor) and last_dim(parent):
             widths = [v.shape[-1] for v in parent.meta["val"]]
             return _within(parent.args[0], sum(widths[:index]), widths[index])
     if calls(node, aten.slice.Tensor) and argument(node, "dim") in (node.meta["val"].dim() - 1, -1) and argument(node, "step") == 1:
@@ -66,7 +66,8 @@ def column_slice(node: fx.Node) -> tuple[fx.Node, int, int]:
     return node, 0, int(width) if node.meta["val"].dim() == 2 else 0
 
 
-def _last_dim(node: fx.Node) -> bool:
+def last_dim(node: fx.Node) -> bool:
+    """Whether a split is along the last dim."""
     dim = argument(node, "dim")
     return dim in (-1, node.args[0].meta["val"].dim() - 1)  # type: ignore[union-attr]
 

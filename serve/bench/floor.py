@@ -1,7 +1,8 @@
 """What a step cannot be faster than: the bytes it must read at the memory's bandwidth, the arithmetic it must do at the device's rate.
 
-Matrix products and attention wait for one another, layer by layer, so that their times add; within each, reading and
-arithmetic overlap, and the longer one counts. A weight is read once a step, a cached token once for each sequence that it belongs to.
+Matrix products, attention and recurrences wait for one another, layer by layer, so that their times add; within each, reading and
+arithmetic overlap, and the longer one counts. A weight is read once a step, a cached token once for each sequence that it belongs to,
+and a recurrent state is read and written once (its arithmetic is not counted).
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Floor:
     products: tuple[Product, ...]
     attention: tuple[Attention, ...]
     other_bytes: int  # of weights that multiply no rows: norms, biases
+    state_bytes: int = 0  # of a sequence's recurrent states
 
     @classmethod
     def of(cls, artifact: Artifact) -> Floor:
@@ -81,7 +83,8 @@ class Floor:
         manifest = artifact.manifest
         plan = artifact.plan(manifest.variants[0])
         products, attention, other = _costs(plan, manifest)
-        return cls(Rates.of(manifest.target.device, manifest.options.dtype), products, attention, other)
+        states = sum(g.bytes_per_unit for g in manifest.groups if g.kind == "slot")
+        return cls(Rates.of(manifest.target.device, manifest.options.dtype), products, attention, other, states)
 
     @property
     def weight_bytes(self) -> int:
@@ -100,7 +103,8 @@ class Floor:
         flops = sum(p.flops(evaluate(p.rows, sizes)) for p in self.products)
         kv = sum(a.nbytes * sum(map(a.keys, cached, new)) for a in self.attention)
         pairs = sum(a.flops * sum(map(a.pairs, cached, new)) for a in self.attention)
-        return self._longer(read, flops) + self._longer(kv, pairs)
+        states = self.state_bytes * sum(2 if c else 1 for c in cached)  # a sequence that starts has none to read
+        return self._longer(read, flops) + self._longer(kv, pairs) + self._longer(states, 0.0)
 
     def decode(self, num_seqs: int, context: int) -> float:
         """Seconds of a step of one token for each sequence, each of them seeing `context` tokens."""

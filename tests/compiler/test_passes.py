@@ -72,6 +72,7 @@ EXPECTED = {
     "fold_weight_views": {"head_linear": 2},
     "clean_views": {},
     "straighten_experts": {"grouped_linear": 1, "moe": 1},
+    "ungroup_columns": {"linear": 1},
     "fuse_router": {"route": 3},
 }
 

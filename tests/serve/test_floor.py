@@ -53,6 +53,11 @@ def test_a_load_is_its_steps() -> None:
     assert floor.load([5, 3, 8], [3, 1, 2]) == pytest.approx(sum(steps))
 
 
+def test_recurrent_states_are_read_and_written() -> None:
+    floor = Floor(Rates(1e9, 1e15, "known"), (), (), 0, state_bytes=1000)
+    assert floor.seconds([3, 0], [1, 5]) == pytest.approx(3000 / 1e9)
+
+
 def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
     product = Product({"T": 2}, 8 * 100, 1600, experts=8, active=2)
     assert product.flops(2) == 2 * 2 * 100  # each row meets one expert's matrix
