@@ -105,8 +105,8 @@ class Operand:
     size: Dim | None = None
     const: int | float | None = None
     view: torch.dtype | None = None
-    rows: bool = False
-    pitch: str | None = None
+    rows: bool = field(default=False, repr=False)  # a kernel's text says these two as well: tuning tables know a candidate by what it shows
+    pitch: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
