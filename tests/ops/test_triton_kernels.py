@@ -721,3 +721,17 @@ def test_what_experts_make_of_a_row_does_not_depend_on_the_others(interpreter):
         run()
         made[rows] = outputs[0]
     assert torch.equal(made[70][-1:], made[1])
+
+
+def test_chunks_of_one_key_again_and_again_do_not_cancel(machine):
+    """What each token adds to the state is then the difference to the token before; powers of the triangle that is inverted reach 10¹⁸."""
+    device, target, maker = machine
+    case = delta_cases()["long"]
+    call = case.call("gated_delta_rule", F16)
+    inputs = case.inputs(call, device)
+    inputs |= {"k": inputs["k"][:1].expand(inputs["k"].shape).contiguous(), "g": torch.zeros_like(inputs["g"]), "beta": torch.ones_like(inputs["beta"])}
+    before = inputs["delta_state"].clone()
+    candidate = next(c for claim in CLAIMS[call.op, "triton"] for c in claim(call, case.steps, target) if c.name.startswith("chunk64"))
+    outputs, run = bind(candidate, call, inputs, case.sizes, [maker.kernel(launch.source) for launch in candidate.launches])
+    run()
+    assert error(call, inputs, outputs, {"delta_state": before}) < 1e-2
