@@ -14,6 +14,7 @@ from .passes.fold_weight_views import fold_weight_views
 from .passes.fuse_add_norm import fuse_add_norm
 from .passes.fuse_attention import fuse_attention
 from .passes.fuse_glu import fuse_glu
+from .passes.fuse_latent_write import fuse_latent_write
 from .passes.fuse_norm_linear import fuse_norm_linear
 from .passes.fuse_residual import fuse_residual
 from .passes.fuse_rope_kv import fuse_rope_kv
@@ -34,6 +35,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_glu,  # before siblings merge: gate and up must lie in this order
     merge_siblings,
     fuse_rope_kv,  # needs the merged QKV
+    fuse_latent_write,  # the same of latents
     fuse_attention,  # needs the fused rope
     fuse_residual,
     fuse_add_norm,  # takes the residual sums that no linear could

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 
 from .dialect import op
+from .norm import rms_norm
+from .rotary import rope
 
 
 @op("head_linear(Tensor x, Tensor weight) -> Tensor", rowwise=True, fake=lambda x, weight: x.new_empty(x.shape[0], x.shape[1], weight.shape[1]))
@@ -29,6 +31,26 @@ def latent_write(latent: torch.Tensor, rope: torch.Tensor | None, latent_cache: 
     slots = slot_mapping[rows].long()
     whole = latent if rope is None else torch.cat([latent, rope], -1)
     latent_cache[slots // page_size, 0, slots % page_size] = whole[rows].to(latent_cache.dtype)
+
+
+@op("latent_rope_write(Tensor q, Tensor kv, Tensor cos, Tensor sin, Tensor weight, Tensor latent_cache, Tensor slot_mapping, int q_begin, int kv_begin, "
+    "int num_heads, int nope, str style, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    fake=lambda q, kv, cos, sin, weight, latent_cache, slots, q_begin, kv_begin, num_heads, nope, *rest: (
+        q.new_empty(q.shape[0], num_heads, nope), q.new_empty(q.shape[0], num_heads, latent_cache.shape[3] - weight.shape[0])),
+    states=("latent_cache",), host_sync=True)  # fmt: skip
+def latent_rope_write(q: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, latent_cache: torch.Tensor,
+                      slot_mapping: torch.Tensor, q_begin: int, kv_begin: int, num_heads: int, nope: int, style: str, eps: float,
+                      offset: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Heads [H, N + R] at column `q_begin` of q → the first N (`nope`) of each [T, H, N], and the others rotated [T, H, R].
+
+    At column `kv_begin` of kv stand a latent [L], RMS-normalized with `weight` [L], and a key [R], rotated: they go to their slots. `style` as in `rope`.
+    """
+    size = weight.shape[0]
+    r = latent_cache.shape[3] - size
+    heads = q[:, q_begin : q_begin + num_heads * (nope + r)].unflatten(1, (num_heads, nope + r))
+    latent, key = kv[:, kv_begin : kv_begin + size + r].split([size, r], 1)
+    latent_write(rms_norm(latent, weight, eps, offset), rope(key[:, None], cos, sin, style)[:, 0], latent_cache, slot_mapping)
+    return heads[..., :nope].contiguous(), rope(heads[..., nope:], cos, sin, style)
 
 
 @op("mla_attention(Tensor q_latent, Tensor q_rope, Tensor latent_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor page_table, "

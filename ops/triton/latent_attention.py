@@ -23,6 +23,7 @@ from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
 from ..target import SHARED_MEMORY_BYTES, Target
 from .attention import MAX_SPLITS, PROGRAMS, combine, combine_kernel, plus
 from .prefetch import prefetch_rows
+from .rotary import rotation, style_constants
 from .sampling import key_of
 from .source import FLOATS, launch, most, power_of_two, supported
 
@@ -213,6 +214,44 @@ def latent_write_kernel(latent, rope, latent_cache, slot_mapping, L: tl.constexp
         if rope is not None:
             r = tl.arange(0, BLOCK_R)
             tl.store(at + L + r, tl.load(rope + token * R + r, mask=r < R).to(latent_cache.dtype.element_ty), mask=r < R)
+
+
+@triton.jit
+def latent_rope_write_kernel(q, kv, cos, sin, weight, latent_cache, slot_mapping, straight, turned, Q: tl.constexpr, Q_BEGIN: tl.constexpr,
+                             KV: tl.constexpr, KV_BEGIN: tl.constexpr, H: tl.constexpr, NOPE: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+                             TABLE: tl.constexpr, STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+                             BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Rows of q and kv have Q and KV elements. The first program of a token takes its latent and key, the others some heads of its queries each."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK_R)
+    own, partner, sign, column = rotation(j, R, STYLE, HALF)
+    co = tl.load(cos + token * TABLE + column, mask=j < R, other=1.0).to(tl.float32)
+    si = tl.load(sin + token * TABLE + column, mask=j < R, other=0.0).to(tl.float32) * sign
+    if tl.program_id(1) == 0:
+        slot = tl.load(slot_mapping + token).to(tl.int64)
+        if slot >= 0:
+            at = kv + token * KV + KV_BEGIN
+            to = latent_cache + slot * (L + R)  # one head: pages are rows in order
+            c = tl.arange(0, BLOCK_L)
+            x = tl.load(at + c, mask=c < L, other=0.0).to(tl.float32)
+            x *= tl.rsqrt(tl.sum(x * x, 0) / L + EPS) * (tl.load(weight + c, mask=c < L, other=0.0).to(tl.float32) + OFFSET)
+            tl.store(to + c, x.to(latent_cache.dtype.element_ty), mask=c < L)
+            x = tl.load(at + L + own, mask=j < R, other=0.0).to(tl.float32)
+            y = tl.load(at + L + partner, mask=j < R, other=0.0).to(tl.float32)
+            tl.store(to + L + j, (x * co + y * si).to(latent_cache.dtype.element_ty), mask=j < R)
+    else:
+        head = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+        at = q + token * Q + Q_BEGIN + head * (NOPE + R)
+        n = tl.arange(0, BLOCK_N)[None, :]
+        inside = (head < H) & (n < NOPE)
+        tl.store(straight + (token * H + head) * NOPE + n, tl.load(at + n, mask=inside), mask=inside)
+        inside = (head < H) & (j < R)[None, :]
+        x = tl.load(at + NOPE + own[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(at + NOPE + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(turned + (token * H + head) * R + j[None, :], (x * co[None, :] + y * si[None, :]).to(turned.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -456,6 +495,26 @@ def latent_write(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     operands = {n: Operand(arg=n) for n in ("latent", "rope", "latent_cache", "slot_mapping")}
     constants = {"L": width, "R": r, "BLOCK_L": power_of_two(width), "BLOCK_R": power_of_two(r)}
     return [Candidate("tokens", (launch(call, [latent_write_kernel], operands, constants, ((tokens, 1),), num_warps=2),))]
+
+
+@claims("latent_rope_write", "triton")
+def latent_rope_write(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    args = call.args
+    if not supported(call, target):
+        return []
+    (tokens, heads, nope), width, r = call.results[0].shape, args["weight"].shape[0], call.results[1].shape[2]
+    operands = {n: Operand(arg=n) for n in ("q", "kv", "cos", "sin", "weight", "latent_cache", "slot_mapping")}
+    operands |= {"straight": Operand(out=0), "turned": Operand(out=1)}
+    constants = {"Q": args["q"].shape[1], "Q_BEGIN": args["q_begin"], "KV": args["kv"].shape[1], "KV_BEGIN": args["kv_begin"], "H": heads, "NOPE": nope,
+                 "L": width, "R": r, "EPS": args["eps"], "OFFSET": args["offset"], "BLOCK_N": power_of_two(nope), "BLOCK_L": power_of_two(width),
+                 "BLOCK_R": power_of_two(r)} | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
+    found: dict[str, Candidate] = {}
+    for rank, size in enumerate((1024, 4096) if steps.max_tokens <= 64 else (4096, 1024)):  # few tokens need many small programs
+        block_h = min(power_of_two(heads), max(1, size // power_of_two(nope + r)))
+        grid = ((tokens, 1), (plus(block_h, heads), block_h))
+        one = launch(call, [latent_rope_write_kernel, rotation], operands, constants | {"BLOCK_H": block_h}, grid)
+        found.setdefault(f"h{block_h}", Candidate(f"h{block_h}", (one,), rank=rank))
+    return list(found.values())
 
 
 LISTS = 2 * PROGRAMS

@@ -15,6 +15,7 @@ import torch
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
 from ..target import Target
 from .attention import TASKS, Attention, shares
+from .rotary import Rotation
 from .vector import DTYPES, Buffer, Vectors, numbers, parallel
 
 HIDDEN = -3e38
@@ -142,6 +143,53 @@ def latent_write(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     buffers: list[Buffer] = [(n, DTYPES[call.args[n].dtype], ("tokens", *numbers(call.args[n].shape[1:]))) for n in parts]
     buffers += [("latent_cache", DTYPES[latent_cache.dtype], ("pages", *numbers(latent_cache.shape[1:]))), ("slot_mapping", "int32", ("tokens",))]
     operands = tuple(Operand(arg=n) for n in (*parts, "latent_cache", "slot_mapping"))
+    return [Candidate("tokens", (Launch(Source(call.op, "tvm", call.op, v.script(call.op, buffers, body)), operands),))]
+
+
+@claims("latent_rope_write", "tvm")
+def latent_rope_write(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    args, names = call.args, ("q", "kv", "cos", "sin", "weight", "latent_cache")
+    if any(args[n].dtype not in DTYPES for n in names) or args["cos"].dtype != args["sin"].dtype or args["slot_mapping"].dtype != torch.int32:
+        return []
+    v, page_size = Vectors(target), args["latent_cache"].shape[2]
+    types = {n: DTYPES[args[n].dtype] for n in names}
+    (heads, nope), (r,), (size,) = numbers(call.results[0].shape[1:]), numbers(call.results[1].shape[2:]), numbers(args["weight"].shape)
+    rotate = Rotation.of(v, args["style"], args["cos"])
+    query, latent = f"q[t, {args['q_begin']} + head * {nope + r} + ", f"kv[t, {args['kv_begin']} + "
+    offset = f" + {v.splat(args['offset'])}" if args["offset"] else ""
+
+    def square(k: str, count: str | None) -> list[str]:
+        return [f"element: T.let = {v.load(types['kv'], f'{latent}{k}]', count)}", "squares[0] = squares[0] + element * element"]
+
+    def normalized(k: str, count: str | None) -> list[str]:
+        element = f"{v.load(types['kv'], f'{latent}{k}]', count)} * {v.splat('scale')} * ({v.load(types['weight'], f'weight[{k}]', count)}{offset})"
+        return [v.store(types["latent_cache"], f"latent_cache[page, 0, row, {k}]", element, count)]
+
+    def turned(source: str, dtype: str, to: str, to_dtype: str, depth: int) -> str:
+        return rotate(lambda k, n: v.load(dtype, f"{source}{k}]", n), lambda k, value, n: v.store(to_dtype, f"{to}{k}]", value, n), r, depth)
+
+    def straight(k: str, count: str | None) -> list[str]:
+        return [v.store(types["q"], f"straight[t, head, {k}]", v.load(types["q"], f"{query}{k}]", count), count)]
+
+    body = f"""
+for t in {parallel(steps, args["q"])}(tokens):
+    for head in T.serial({heads}):
+{v.over(nope, straight, 2)}
+{turned(f"{query}{nope} + ", types["q"], "turned[t, head, ", types["q"], 2)}
+    if slot_mapping[t] >= 0:
+        page: T.let = T.cast(slot_mapping[t] // {page_size}, "int64")
+        row: T.let = slot_mapping[t] % {page_size}
+        squares = T.alloc_buffer((1,), "{v.type}", scope="global")
+        squares[0] = {v.splat(0.0)}
+{v.over(size, square, 2)}
+        scale: T.let = T.float32(1) / T.sqrt({v.sum("squares[0]")} / T.float32({size}) + T.float32({args["eps"]!r}))
+{v.over(size, normalized, 2)}
+{turned(f"{latent}{size} + ", types["kv"], f"latent_cache[page, 0, row, {size} + ", types["latent_cache"], 2)}
+"""
+    buffers: list[Buffer] = [(n, types[n], ("tokens", *numbers(args[n].shape[1:]))) for n in names[:4]]
+    buffers += [("weight", types["weight"], (size,)), ("latent_cache", types["latent_cache"], ("pages", *numbers(args["latent_cache"].shape[1:])))]
+    buffers += [("slot_mapping", "int32", ("tokens",)), ("straight", types["q"], ("tokens", heads, nope)), ("turned", types["q"], ("tokens", heads, r))]
+    operands = (*(Operand(arg=n) for n in (*names, "slot_mapping")), Operand(out=0), Operand(out=1))
     return [Candidate("tokens", (Launch(Source(call.op, "tvm", call.op, v.script(call.op, buffers, body)), operands),))]
 
 

@@ -20,7 +20,7 @@ from ingot.ops.dims import Dim, evaluate, product
 
 from .rates import Rates
 
-WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write", "ingot.latent_write")
+WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write", "ingot.latent_write", "ingot.latent_rope_write")
 """Ops that have a cache among their arguments and do not read it."""
 EXPERTS = ("ingot.moe", "ingot.grouped_linear")
 MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", "ingot.head_linear", *EXPERTS)

@@ -65,6 +65,7 @@ EXPECTED = {
     "fuse_residual": {"linear_add": 1},
     "fuse_add_norm": {"add_rms_norm": 1},
     "fuse_rope_kv": {"qkv_rope_kv_write": 2},
+    "fuse_latent_write": {"latent_rope_write": 2, "head_linear": 2, "mla_attention": 2},
     "quantize_linears": {"quantized_linear": 3},
     "fuse_attention": {"qkv_attention": 2},
     "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1, "quantized_linear": 1},

@@ -107,9 +107,12 @@ def latent_calls(h, topk=None):
     """Latent attention as DeepSeek-V2 and V3 have it; `topk`: with V3.2's indexer of 64 heads."""
     cache, batch = {"latent_cache": Tensor(BF16, (N, 1, 64, 576))}, {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)),
                                                                      "page_table": Tensor(I32, (S, P))}  # fmt: skip
-    latent, q = Tensor(BF16, (T, h, 512)), Tensor(BF16, (T, h, 128))
+    latent, q, table = Tensor(BF16, (T, h, 512)), Tensor(BF16, (T, h, 128)), Tensor(F32, (T, 64))
     found = [
         Call("latent_write", {"latent": Tensor(BF16, (T, 512)), "rope": Tensor(BF16, (T, 64)), **cache, "slot_mapping": Tensor(I32, (T,))}, ()),
+        Call("latent_rope_write", {"q": Tensor(BF16, (T, h * 192)), "kv": Tensor(BF16, (T, 2112)), "cos": table, "sin": table, "weight": Tensor(BF16, (512,)),
+                                   **cache, "slot_mapping": Tensor(I32, (T,)), "q_begin": 0, "kv_begin": 1536, "num_heads": h, "nope": 128,
+                                   "style": "dsv3", "eps": 1e-6, "offset": 0.0}, (q, Tensor(BF16, (T, h, 64)))),
         Call("head_linear", {"x": q, "weight": Tensor(BF16, (h, 512, 128))}, (latent,)),
         Call("head_linear", {"x": latent, "weight": Tensor(BF16, (h, 128, 512))}, (q,)),
         Call("mla_attention", {"q_latent": latent, "q_rope": Tensor(BF16, (T, h, 64)), **cache, **batch, "indices": Tensor(I32, (T, topk)) if topk else None,

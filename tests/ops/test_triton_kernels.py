@@ -338,6 +338,19 @@ def latent_write_cases():
     return {"both": case(40, 24), "latent": case(32, 0, 8)}
 
 
+def latent_rope_write_cases():
+    def case(style, h, nope, r, size, apart, page_size=16, offset=0.0):
+        batch = Batch((3, 0, 20), (2, 0, 3), 2, page_size)
+        width, table = h * (nope + r), tensor(T, r // 2 if style.endswith("_half") else r, dtype=F32)
+        q, kv = (tensor(T, width), tensor(T, 24 + size + r)) if apart else [tensor(T, 8 + width + size + r)] * 2
+        args = {"q": q, "kv": kv, "cos": table, "sin": table, "weight": tensor(size), "latent_cache": tensor(N, 1, page_size, size + r),
+                "slot_mapping": tensor(T, dtype=I32), "q_begin": 0 if apart else 8, "kv_begin": 24 if apart else 8 + width, "num_heads": h, "nope": nope,
+                "style": style, "eps": 1e-6, "offset": offset}  # fmt: skip
+        return Case(args, (tensor(T, h, nope), tensor(T, h, r)), batch.sizes, batch.values, page_size=page_size)
+
+    return {"v3": case("dsv3", 5, 24, 16, 40, True), "v2": case("gptj_half", 4, 16, 8, 64, False, 8), "offset": case("neox", 3, 20, 24, 32, True, 16, 1.0)}
+
+
 def sparse_index_cases():
     def case(batch, j, d, topk, exact=False, max_seqs=0):
         args = {
@@ -635,6 +648,7 @@ CASES = {
     "mla_attention": mla_cases(),
     "head_linear": head_linear_cases(),
     "latent_write": latent_write_cases(),
+    "latent_rope_write": latent_rope_write_cases(),
     "sparse_index": sparse_index_cases(),
     "packed_attention": packed_cases(),
     "pool": pool_cases(),
