@@ -4,7 +4,7 @@
     python benchmarks/tables.py --show FILE        # as Markdown, beside vLLM
 
 Mixtures of experts are models like the others: benchmarks/configs/deepseek-v2-lite (31 GB in bfloat16) fits a card of 80 GB, Mixtral 8x7B (93 GB)
-needs a larger one.
+needs `--flags "--quantize fp8" --suffix fp8` there (47 GB), or a larger one.
 
 Weights are made up on the device. Results go to benchmarks/results/<date>-<device>.json after every part, so that a run which is
 cut off loses one part; `--minutes` starts no new part after that time. Compiling is timed twice in stores of their own: `measured` with

@@ -41,7 +41,7 @@ from .inputs import Inputs, inputs_of, sha256
 from .outline import Outline
 from .pipeline import count, lower
 from .plan import plan
-from .quantization import Request, choose_as, choose_online, dequantized, layers, num_elements, quantize_weights, with_activations
+from .quantization import Request, choose_as, choose_online, dequantized, expert_formats, layers, num_elements, quantize_weights, with_activations
 from .sampling import sampling_programs
 from .select import Program, select
 from .tuning import Table, table_for
@@ -271,9 +271,9 @@ class Job:
         traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),
                        kv_calibrated=method is not None and method.kv_cache == kv_cache)  # fmt: skip
         if self.request.method != "none":
-            traced = quantize_weights(traced, choose_online(self.request, self.target))
+            traced = quantize_weights(traced, choose_online(self.request, self.target), expert_formats(self.target))
         elif self.checkpoint is None and method is not None:
-            traced = quantize_weights(traced, choose_as(method))
+            traced = quantize_weights(traced, choose_as(method), expert_formats(self.target))
         traced.weights = bind(traced, self.checkpoint, self.source.config)  # first: a checkpoint that does not fit is found here
         traced.weights = {n: replace(w, recipe=with_activations(w.recipe, self.target)) for n, w in traced.weights.items()}
         done("trace")

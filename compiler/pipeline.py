@@ -21,6 +21,7 @@ from .passes.fuse_rope_kv import fuse_rope_kv
 from .passes.fuse_router import fuse_router
 from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
+from .passes.quantize_experts import quantize_experts
 from .passes.quantize_linears import quantize_linears
 from .passes.straighten_experts import straighten_experts
 from .passes.ungroup_columns import ungroup_columns
@@ -40,6 +41,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_residual,
     fuse_add_norm,  # takes the residual sums that no linear could
     quantize_linears,  # needs the linears that will be
+    quantize_experts,
     fuse_norm_linear,  # of linears that stayed as they were
     fuse_router,
     group_regions,  # last: what is still aten then, nothing else will compute

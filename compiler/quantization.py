@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,14 @@ ALGORITHMS = ("gptq", "awq")
 """What `--calibrate` may round with: the names of `calibration.ALGORITHMS`, which costs an import."""
 ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight$")
 """Weights that choose experts: a rounding there changes which expert a token gets, and they are small."""
+
+EXPERT_FORMATS = ("int8_channel", "int8_group32", "int8_group64", "int8_group128", "fp8_e4m3_channel", "fp8_e4m3_block128")
+
+
+def expert_formats(target: Target) -> tuple[str, ...]:
+    """What kernels of `quantized_moe` read. Rows of activations are not rounded there, whatever a checkpoint or a flag would have of them."""
+    return () if target.kind != "cuda" else EXPERT_FORMATS if target.arch >= 89 else EXPERT_FORMATS[:4]
+
 
 Choose = Callable[[str, bool], tuple[str, str] | None]
 """(name of a weight, whether it is the LM head) → (format, activation), or None to leave it as it is."""
@@ -82,6 +90,25 @@ def read(recipe: Recipe) -> Quantized | None:
                     parts = tuple(Recipe("slice", (0, begin // rows if i else begin, -(-end // rows) if i else end), (p,)) for i, p in enumerate(inner.parts))
                     return replace(inner, n=end - begin, parts=parts)
     return None
+
+
+def read_experts(recipe: Recipe) -> Quantized | None:
+    """The parts of the matrices of all experts, one after another, of the recipe of a weight [X, N, K]; None where there are none to be had."""
+    if recipe.op == "reshape":
+        return read(recipe.inputs[0])
+    if recipe.op == "stack" and recipe.params == (0,):
+        matrices = list(recipe.inputs)
+    elif recipe.op == "cat" and recipe.params == (1,) and all(i.op == "stack" and i.params == (0,) for i in recipe.inputs):
+        matrices = [Recipe("cat", (0,), rows) for rows in zip(*(i.inputs for i in recipe.inputs), strict=True)]  # gate and up of each
+    else:
+        return None
+    pieces = [read(m) for m in matrices]
+    first = pieces[0]
+    kind = lambda q: (q.format, q.dtype, q.n, q.k, q.order)
+    if first is None or first.order is not None or first.n % formats.get(first.format).rows or any(p is None or kind(p) != kind(first) for p in pieces):
+        return None
+    parts = tuple(Recipe("cat", (0,), same) for same in zip(*(p.parts for p in pieces if p is not None), strict=True))
+    return replace(first, activation="none", n=first.n * len(pieces), parts=parts, input_scale=None)
 
 
 def signature(graph: Graph, weight: fx.Node) -> tuple[Any, ...] | None:
@@ -153,10 +180,17 @@ def with_activations(recipe: Recipe, target: Target) -> Recipe:
     return replace(recipe, params=(form, formats.get(form).activation(target) if activation == "none" else activation, *rest))
 
 
-def quantize_weights(graph: Graph, choose: Choose) -> Graph:
-    """The graph with quantized weights: those of linear layers for which `choose` names a format. A weight that something else reads as
-    well (a tied embedding) keeps its own values there."""
+def quantize_weights(graph: Graph, choose: Choose, experts: Collection[str] = ()) -> Graph:
+    """The graph with quantized weights: those of linear layers for which `choose` names a format, and of experts, where that is one of `experts`.
+    A weight that something else reads as well (a tied embedding) keeps its own values there."""
     graph = graph.copy()
+    for node in graph.fx.nodes:
+        if node.target is torch.ops.ingot.moe.default and not node.args[9] and not node.args[10]:
+            for name in (node.args[3].name, node.args[5].name):
+                weight = graph.weights.get(name)
+                chosen = choose(weight.recipe.sources[0], False) if weight is not None and weight.recipe.op == "tensor" else None
+                if weight is not None and chosen is not None and chosen[0] in experts:
+                    graph.weights[name] = replace(weight, recipe=quantized_experts(weight, chosen[0]))
     for node in list(graph.fx.nodes):
         if node.target not in _PRODUCTS or node.args[1].name not in graph.weights:
             continue
@@ -183,6 +217,13 @@ def quantized_recipe(weight: Weight, form: str, activation: str) -> Recipe:
         block = weight.recipe.sources[0].removesuffix(".weight").rpartition(".")[0]  # those that read the same rows have the same scale
         parts.append(Recipe("tensor", (f"{block}.input_scale",)))
     return Recipe("dequantize", (form, activation, str(scales).removeprefix("torch."), n, k), tuple(parts))
+
+
+def quantized_experts(weight: Weight, form: str) -> Recipe:
+    """A weight [X, N, K], each expert's matrix rounded to a format and back."""
+    x, n, k = weight.shape
+    tall = Weight(Recipe("reshape", (x * n, k), (weight.recipe,)), weight.dtype, (x * n, k))
+    return Recipe("reshape", (x, n, k), (quantized_recipe(tall, form, "none"),))
 
 
 def layers(graph: Graph) -> list[dict[str, Any]]:
@@ -216,7 +257,7 @@ def dequantized(graph: Graph) -> list[str]:
 
 def num_elements(weight: Weight) -> int:
     """How many parameters a weight holds; scales are none."""
-    if weight.recipe.op != "pack":
+    if weight.recipe.reshaped.op != "pack":
         return math.prod(weight.shape)
-    _, _, part, n, k, _ = weight.recipe.params
+    _, _, part, n, k, _ = weight.recipe.reshaped.params
     return n * k if part == "weight" else 0

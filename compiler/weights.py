@@ -57,8 +57,8 @@ def pack(graph: Graph, checkpoint: Checkpoint | None, writer: ArtifactWriter, pr
         elif checkpoint is None or not recipe.sources:
             out.add(name, recipe.run({}, graph.constants).to(weight.dtype), recipe)
         else:
-            if recipe.inputs != made_from:  # the parts of a weight follow one another
-                memo, made_from = {}, recipe.inputs
+            if recipe.reshaped.inputs != made_from:  # the parts of a weight follow one another
+                memo, made_from = {}, recipe.reshaped.inputs
             packed = pack_tensor(recipe, checkpoint, graph.constants, weight.dtype, memo=memo)
             check_finite(packed, recipe, checkpoint)
             out.add(name, packed, recipe)

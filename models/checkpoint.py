@@ -255,8 +255,8 @@ def dummy(name: str, weight: Weight, seed: int) -> Recipe:
     if not weight.recipe.sources and weight.recipe.op != "seed":
         return weight.recipe
     own = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
-    if weight.recipe.op == "pack":
-        form, _, part, _, k, _ = weight.recipe.params
+    if weight.recipe.reshaped.op == "pack":
+        form, _, part, _, k, _ = weight.recipe.reshaped.params
         return Recipe("seed", (own, *(round(m, 9) for m in formats.get(form).moments(part, k))))
     if len(weight.shape) > 1:
         return Recipe("seed", (own, 0.0, round(weight.shape[-1] ** -0.5, 6)))

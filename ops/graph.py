@@ -67,6 +67,11 @@ class Recipe:
     inputs: tuple[Recipe, ...] = ()
 
     @property
+    def reshaped(self) -> Recipe:
+        """What a reshape at the root gives another shape; the recipe itself, if there is none."""
+        return self.inputs[0] if self.op == "reshape" else self
+
+    @property
     def sources(self) -> list[str]:
         """Names of the checkpoint tensors it reads, in order."""
         return [self.params[0]] if self.op == "tensor" else [s for i in self.inputs for s in i.sources]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import formats
 from .dialect import op
 from .glu import ACTIVATIONS
 
@@ -57,3 +58,17 @@ def moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor,
         h = ACTIVATIONS[act](h)
     h = grouped_linear(h, w_out, b_out, ids, transposed)
     return (h.float() * expert_weights.reshape(-1, 1).float()).view(tokens, active, -1).sum(1).to(x.dtype)
+
+
+@op("quantized_moe(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor w_in, Tensor s_in, Tensor? b_in, Tensor w_out, Tensor s_out, Tensor? b_out, "
+    "str act, bool gated, str format) -> Tensor", fake=lambda x, *rest: torch.empty_like(x), rowwise=True, host_sync=True)  # fmt: skip
+def quantized_moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, w_in: torch.Tensor, s_in: torch.Tensor, b_in: torch.Tensor | None,
+                  w_out: torch.Tensor, s_out: torch.Tensor, b_out: torch.Tensor | None, act: str, gated: bool, format: str) -> torch.Tensor:  # fmt: skip
+    """`moe` with experts of codes w_in [X, 2I, D], w_out [X, D, I] and their scales, in a format whose layout is "rows". Rows of x are not rounded."""
+    form = formats.get(format)
+
+    def meant(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        parts = form.unpack({"weight": codes.flatten(0, 1), "scale": scale.flatten(0, 1)}, "rows", codes.shape[0] * codes.shape[1], codes.shape[2])
+        return form.dequantize(parts).view(codes.shape).to(x.dtype)
+
+    return moe(x, expert_ids, expert_weights, meant(w_in, s_in), b_in, meant(w_out, s_out), b_out, act, gated, False, False)

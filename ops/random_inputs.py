@@ -14,6 +14,8 @@ from .kernel import Call, Steps, Tensor
 
 _PERIOD = (1 << 22) - 3
 """A prime, so that no two rows of a weight are alike."""
+_PARTS = {"weight": "weight", "scale": "scale", "zero": "zero", "w_in": "weight", "w_out": "weight", "s_in": "scale", "s_out": "scale"}
+"""Of quantized weights, by the names of arguments."""
 _SCALES = frozenset({"k_scale", "v_scale", "k_static", "v_static"})
 
 
@@ -82,8 +84,9 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if not isinstance(arg, Tensor):
         return evaluate(arg, sizes) if isinstance(arg, dict) else arg
     shape = [evaluate(d, sizes) for d in arg.shape]
-    if call.op == "quantized_linear" and name in ("weight", "scale", "zero"):
-        mean, std = formats.get(call.args["format"]).moments(name, call.args["x"].shape[-1]) if arg.dtype.is_floating_point else (0.0, 1.0)
+    if call.op in ("quantized_linear", "quantized_moe") and (part := _PARTS.get(name)) is not None:
+        k = call.args["x" if call.op == "quantized_linear" else f"w_{name[2:]}"].shape[-1]
+        mean, std = formats.get(call.args["format"]).moments(part, k) if arg.dtype.is_floating_point else (0.0, 1.0)
         return dummy.generate(int(torch.randint(0, 1 << 30, (1,), generator=generator)), mean, std, tuple(shape), arg.dtype, device)
     if arg.dtype == torch.int8:
         return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(device)

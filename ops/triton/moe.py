@@ -9,7 +9,7 @@ expert, up to the height of a tile; pairs keep their order within an expert, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
 from ..target import Target
 from .activations import activate, tanh
 from .linear import EXACT, FEW_ROWS, GEMV_TILES, MANY_ROWS, SOME_ROWS, Tile, fitted
+from .quantized_product import Weights
 from .source import FLOATS, launch, most, power_of_two, supported
 
 GEMV_PAIRS = 32
@@ -78,14 +79,25 @@ def sort_pairs_kernel(ids, order, experts, num_pairs, num_slots, X: tl.constexpr
 
 
 @triton.jit
-def grouped_gemm_kernel(x, order, experts, weight, bias, scale, out, num_pairs, depth, X: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                        WIDTH: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr,
-                        PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def multiply(acc, h, w, scale_row, begin, GROUP: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + h · w, with w widened to the type of h; where columns share a scale by GROUP, times those of `begin`, at pointers scale_row [N]."""
+    if GROUP > 0:
+        s = tl.load(scale_row + begin // GROUP).to(tl.float32)
+        return acc + tl.dot(h, w.to(h.dtype)) * s[None, :]
+    else:
+        return tl.dot(h, w.to(h.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_gemm_kernel(x, order, experts, weight, w_scale, bias, scale, out, num_pairs, depth, X: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr,
+                        K: tl.constexpr, WIDTH: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
+                        GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out [pairs, N], row by row scale · act(x[pair // SHARED] · weight[expert] + bias[expert]).
 
     Column n of the result is column STEP · n of an expert's WIDTH; UP columns further lies that of the up projection, if UP is not 0. `depth`
-    is K, unknown to the compiler so that it does not unroll the loop.
+    is K, unknown to the compiler so that it does not unroll the loop. Of a quantized weight, GROUP columns (0: all) of SCALE_ROWS rows share one
+    of a row's SCALES in w_scale.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -94,10 +106,10 @@ def grouped_gemm_kernel(x, order, experts, weight, bias, scale, out, num_pairs, 
     tiles_m = tl.num_programs(0)
     tiles_n = tl.num_programs(1)
     tile = tl.program_id(0) + tl.program_id(1) * tiles_m
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    tile_m = first + tile % (GROUP * tiles_n) % height
-    n = tile % (GROUP * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tile // (HEIGHT * tiles_n) * HEIGHT
+    height = tl.minimum(tiles_m - first, HEIGHT)
+    tile_m = first + tile % (HEIGHT * tiles_n) % height
+    n = tile % (HEIGHT * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = tl.load(experts + tile_m)
     if expert < 0:
         return
@@ -106,6 +118,12 @@ def grouped_gemm_kernel(x, order, experts, weight, bias, scale, out, num_pairs, 
     used = (pair < num_pairs)[:, None]  # what is not is not read
     a = x + (tl.minimum(pair, num_pairs - 1) // SHARED).to(tl.int64)[:, None] * K + k[None, :]
     b = weight + expert.to(tl.int64) * (WIDTH * K) + (STEP * n)[None, :] * STRIDE_N + k[:, None] * STRIDE_K
+    scale_row = w_scale
+    up_scale_row = w_scale
+    if w_scale is not None:
+        scaled = tl.minimum(STEP * n, WIDTH - 1) // SCALE_ROWS
+        scale_row = w_scale + (tl.minimum(expert, X - 1) * (WIDTH // SCALE_ROWS) + scaled) * SCALES
+        up_scale_row = scale_row + UP // SCALE_ROWS * SCALES
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
     for begin in range(0, tl.where(expert < X, depth, 0), BLOCK_K):
@@ -122,9 +140,13 @@ def grouped_gemm_kernel(x, order, experts, weight, bias, scale, out, num_pairs, 
             w = tl.load(b + begin * STRIDE_K, mask=there, other=0.0)
             if UP > 0:
                 v = tl.load(b + begin * STRIDE_K + UP * STRIDE_N, mask=there, other=0.0)
-        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+        acc = multiply(acc, h, w, scale_row, begin, GROUP, PRECISION)
         if UP > 0:
-            up = tl.dot(h, v, up, input_precision=PRECISION)
+            up = multiply(up, h, v, up_scale_row, begin, GROUP, PRECISION)
+    if (w_scale is not None) & (GROUP == 0):
+        acc *= tl.load(scale_row).to(tl.float32)[None, :]
+        if UP > 0:
+            up *= tl.load(up_scale_row).to(tl.float32)[None, :]
     inside = (n < N) & (expert < X)
     if bias is not None:
         at = bias + expert * WIDTH + STEP * n
@@ -142,9 +164,10 @@ def grouped_gemm_kernel(x, order, experts, weight, bias, scale, out, num_pairs, 
 
 
 @triton.jit
-def grouped_gemv_kernel(x, ids, weight, bias, scale, out, X: tl.constexpr, SHARED: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+def grouped_gemv_kernel(x, ids, weight, w_scale, bias, scale, out, X: tl.constexpr, SHARED: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                         WIDTH: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                        GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                        ACT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The same for one pair, or for the SUM pairs of a token, whose results are added up. Programs side by side have the same columns."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -165,13 +188,23 @@ def grouped_gemv_kernel(x, ids, weight, bias, scale, out, X: tl.constexpr, SHARE
         if scale is not None:
             factor *= tl.load(scale + pair).to(tl.float32)
         b = weight + expert * (WIDTH * K) + (STEP * n)[:, None] * STRIDE_N + k * STRIDE_K
+        if w_scale is not None:
+            scaled = tl.minimum(STEP * n, WIDTH - 1) // SCALE_ROWS
+            scale_row = w_scale + ((expert * (WIDTH // SCALE_ROWS) + scaled) * SCALES)[:, None]
+            up_scale_row = scale_row + UP // SCALE_ROWS * SCALES
         for begin in tl.static_range(0, K, BLOCK_K):
             inside = (begin + k < K) & (n < N)[:, None] & known
             w = tl.load(b + begin * STRIDE_K, mask=inside, other=0.0).to(tl.float32)
             h = tl.load(x + (pair // SHARED).to(tl.int64) * K + begin + k, mask=begin + k < K, other=0.0).to(tl.float32) * factor
+            if w_scale is not None:
+                group = (begin + k) // GROUP if GROUP > 0 else 0
+                w *= tl.load(scale_row + group, mask=begin + k < K, other=0.0).to(tl.float32)
             acc += w * h
             if UP > 0:
-                up += tl.load(b + begin * STRIDE_K + UP * STRIDE_N, mask=inside, other=0.0).to(tl.float32) * h
+                v = tl.load(b + begin * STRIDE_K + UP * STRIDE_N, mask=inside, other=0.0).to(tl.float32)
+                if w_scale is not None:
+                    v *= tl.load(up_scale_row + group, mask=begin + k < K, other=0.0).to(tl.float32)
+                up += v * h
         if bias is not None:
             at = bias + expert * WIDTH + STEP * n
             added += tl.load(at, mask=n < N, other=0.0).to(tl.float32) * factor
@@ -204,19 +237,23 @@ class _Product:
     """Rows times the matrices of their experts. `constants` says how a matrix and its columns lie, and what is done to the result."""
 
     call: Call
-    operands: dict[str, Operand]  # x, weight, bias, scale
+    operands: dict[str, Operand]  # x, weight, w_scale, bias, scale
     constants: dict[str, Any]
 
     @classmethod
     def of(cls, call: Call, x: Operand, weight: str, bias: str, transposed: bool, *, shared: int = 1, scale: str = "", gated: bool = False,
-           interleaved: bool = False, act: str | None = None) -> _Product:  # fmt: skip
+           interleaved: bool = False, act: str | None = None, w_scale: str = "", quantized: Weights | None = None) -> _Product:  # fmt: skip
         experts, *matrix = call.args[weight].shape
         width, k = matrix[::-1] if transposed else matrix
         n = width // 2 if gated else width
-        operands = {"x": x, "weight": Operand(arg=weight), "bias": Operand(arg=bias)} | ({"scale": Operand(arg=scale)} if scale else {})
+        operands = {"x": x, "weight": Operand(arg=weight), "bias": Operand(arg=bias)}
+        operands |= {p: Operand(arg=a) for p, a in (("w_scale", w_scale), ("scale", scale)) if a}
         constants = {"X": experts, "SHARED": shared, "N": n, "K": k, "WIDTH": width, "STRIDE_N": 1 if transposed else k,
                      "STRIDE_K": width if transposed else 1, "STEP": 2 if gated and interleaved else 1,
-                     "UP": 0 if not gated else 1 if interleaved else n, "ACT": act} | ({} if scale else {"scale": None})  # fmt: skip
+                     "UP": 0 if not gated else 1 if interleaved else n, "ACT": act, "GROUP": quantized.group if quantized else 0,
+                     "SCALES": call.args[w_scale].shape[2] if quantized and quantized.group else 1,
+                     "SCALE_ROWS": quantized.rows if quantized else 1}  # fmt: skip
+        constants |= {p: None for p, a in (("w_scale", w_scale), ("scale", scale)) if not a}
         return cls(call, operands, constants)
 
     @property
@@ -246,6 +283,11 @@ class _Product:
                 found.append((min(n // self.weights, power_of_two(self.n)), k, warps))
         return list(dict.fromkeys(found))
 
+    def fitted(self, tile: Tile, dtype: torch.dtype, target: Target) -> list[Tile]:
+        """The tile as the product's size, and the groups of its weight, let it be; none if it does not fit."""
+        tile = replace(tile, k=min(tile.k, self.constants["GROUP"] or tile.k))
+        return fitted([tile], dtype, self.weights, self.n, self.k, target)
+
     def gemv(self, rows: Dim, summed: int, block: tuple[int, int, int], out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
         n, k, warps = block
         operands = self.operands | {"ids": Operand(arg="expert_ids"), "out": out}
@@ -264,10 +306,10 @@ class _Product:
             "num_pairs": Operand(size=pairs),
             "depth": Operand(const=self.k),
         }
-        constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8, "PRECISION": precision}
+        constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8, "PRECISION": precision}
         operands = _in_order(grouped_gemm_kernel, self.operands | sorted_pairs | {"out": out})
         grid = ((slots, tile.m), (self.n, tile.n))
-        return launch(self.call, [grouped_gemm_kernel, activate, tanh], operands, constants, grid, scratch=scratch, num_warps=tile.warps,
+        return launch(self.call, [grouped_gemm_kernel, multiply, activate, tanh], operands, constants, grid, scratch=scratch, num_warps=tile.warps,
                       num_stages=tile.stages)  # fmt: skip
 
 
@@ -318,7 +360,7 @@ def _candidates(call: Call, steps: Steps, target: Target, tokens: Dim, active: i
         return found
     rank = 0.0 if most(tokens, steps) > 4 else 1.0
     for tile in _tiles(most(pairs, steps), experts, dtype, steps):
-        fits = [fitted([tile], dtype, p.weights, p.n, p.k, target) for p in products]
+        fits = [p.fitted(tile, dtype, target) for p in products]
         if not all(fits):
             continue
         tiles = [f[0] for f in fits]
@@ -358,4 +400,19 @@ def moe(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     first = _Product.of(call, Operand(arg="x"), "w_in", "b_in", args["transposed"], shared=active, gated=args["gated"],
                         interleaved=args["interleaved"], act=args["act"])  # fmt: skip
     second = _Product.of(call, Operand(scratch=0), "w_out", "b_out", args["transposed"], scale="expert_weights")
+    return _candidates(call, steps, target, tokens, active, [first, second])
+
+
+@claims("quantized_moe", "triton")
+def quantized_moe(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """Codes of eight bits are widened in registers; where rows share a scale, it multiplies what comes out."""
+    args, weights = call.args, Weights.of(call.args["format"])
+    if weights is None or weights.bits != 8 or weights.zero or not supported(call, target) or args["x"].dtype not in FLOATS[:2]:
+        return []
+    inner = args["w_out"].shape[2]
+    if any(n % weights.rows for n in (inner, args["w_in"].shape[1], args["w_out"].shape[1])):
+        return []
+    tokens, active = args["expert_ids"].shape
+    first = _Product.of(call, Operand(arg="x"), "w_in", "b_in", False, shared=active, gated=args["gated"], act=args["act"], w_scale="s_in", quantized=weights)
+    second = _Product.of(call, Operand(scratch=0), "w_out", "b_out", False, scale="expert_weights", w_scale="s_out", quantized=weights)
     return _candidates(call, steps, target, tokens, active, [first, second])

@@ -11,7 +11,7 @@ from ingot.ops.target import Target
 
 CPU = Target("cpu", "x86-64:avx2+fma", "")
 CUDA = Target("cuda", "sm_90", "")
-FOR_CUDA = {"fuse_attention", "fuse_norm_linear"}  # passes that leave a CPU's graph alone
+FOR_CUDA = {"fuse_attention", "fuse_norm_linear", "quantize_experts"}  # passes that leave a CPU's graph alone
 
 
 def modules():
@@ -75,6 +75,7 @@ EXPECTED = {
     "straighten_experts": {"grouped_linear": 1, "moe": 1},
     "ungroup_columns": {"linear": 1},
     "fuse_router": {"route": 3},
+    "quantize_experts": {"quantized_moe": 1, "route": 1},
 }
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ingot.compiler.pipeline import lower
-from ingot.compiler.quantization import Request, choose_as, choose_online, quantize_weights, with_activations
+from ingot.compiler.quantization import Request, choose_as, choose_online, dequantized, expert_formats, quantize_weights, with_activations
 from ingot.compiler.weights import bind, final_recipe
-from ingot.models import oracle
+from ingot.models import oracle, tiny
 from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import trace
 from ingot.models.quantization import method_of
@@ -168,3 +168,37 @@ def test_dummy_weights_of_a_quantized_model_are_seeds() -> None:
     packed = {n: w for n, w in lowered.weights.items() if w.recipe.op == "pack"}
     assert len(packed) == 2 * LAYER * 2
     assert {final_recipe(n, w, None).op for n, w in packed.items()} == {"seed"}
+
+
+def test_experts_of_a_checkpoint_keep_their_codes(tmp_path: Path) -> None:
+    """Blocks of 128 × 128, as DeepSeek-V3 and Qwen3 publish them: gate and up of an expert lie together, experts one after another."""
+    AutoModelForCausalLM.from_config(tiny.config("qwen3_moe", hidden_size=256, moe_intermediate_size=128), dtype=torch.float32).save_pretrained(tmp_path)
+    tensors, form = load_file(tmp_path / "model.safetensors"), formats.get("fp8_e4m3_block128")
+    for name in [n for n in tensors if ".experts." in n]:
+        parts = form.quantize(tensors[name])
+        tensors |= {name: parts["weight"], f"{name}_scale_inv": parts["scale"]}
+    save_file(tensors, tmp_path / "model.safetensors")
+    keys = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["self_attn", "lm_head", "gate"]}
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.quantization_config = keys
+    graph = trace(config, dtype=torch.bfloat16, page_size=64)
+    graph.weights = bind(graph, Checkpoint.open(tmp_path), config)
+    lowered, _ = lower(graph, CUDA)
+    assert dequantized(lowered) == []
+    first = next(n for n in lowered.fx.nodes if (spec := op_of(n)) is not None and spec.name == "quantized_moe")
+    assert first.args[-1] == "fp8_e4m3_block128"
+    for index, names in ((3, ("gate_proj", "up_proj")), (6, ("down_proj",))):
+        for node, suffix in zip(first.args[index : index + 2], ("", "_scale_inv"), strict=True):
+            packed = lowered.weights[node.name].recipe.run(tensors, {})
+            wanted = [torch.cat([tensors[f"model.layers.0.mlp.experts.{e}.{n}.weight{suffix}"] for n in names]) for e in range(len(packed))]
+            assert torch.equal(packed.float(), torch.stack(wanted).float())
+    assert "ingot.quantized_moe" not in str(lower(graph, CPU)[0])
+
+
+def test_experts_are_quantized_where_kernels_read_them() -> None:
+    config = tiny.config("mixtral")
+    for target, op in ((CUDA, "quantized_moe"), (CPU, "moe"), (Target("cuda", "sm_80", ""), "moe")):
+        choose = choose_online(Request("fp8"), target)
+        lowered, _ = lower(quantize_weights(trace(config, dtype=torch.bfloat16), choose, expert_formats(target)), target)
+        assert {spec.name for n in lowered.fx.nodes if (spec := op_of(n)) is not None and "moe" in spec.name} == {op}
+        assert not any("experts" in n for n in dequantized(lowered))

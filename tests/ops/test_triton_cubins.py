@@ -50,6 +50,16 @@ def recurrences(dtype):
     ]  # fmt: skip
 
 
+def experts(form, x, count, active, hidden, inner):
+    """A mixture of gated experts in a format."""
+    args = {"x": x, "expert_ids": Tensor(torch.int64, (T, active)), "expert_weights": Tensor(F32, (T, active))}
+    for side, n, k in (("in", 2 * inner, hidden), ("out", hidden, inner)):
+        plain = formats.get(form).quantize(torch.empty(count * n, k, dtype=BF16, device="meta"))
+        parts = {p: Tensor(t.dtype, (count, t.shape[0] // count, *t.shape[1:])) for p, t in plain.items()}
+        args |= {f"w_{side}": parts["weight"], f"s_{side}": parts["scale"], f"b_{side}": None}
+    return Call("quantized_moe", args | {"act": "silu", "gated": True, "format": form}, (x,))
+
+
 def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
     """A call of every op in a model with h query heads, k kv heads, head dims e and f; `kv_dtype`: of a quantized cache."""
     x, weight = Tensor(dtype, (T, hidden)), Tensor(dtype, (hidden,))
@@ -77,6 +87,7 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
         Call("moe", {"x": x, "expert_ids": Tensor(torch.int64, (T, 8)), "expert_weights": Tensor(dtype, (T, 8)), "w_in": Tensor(dtype, (128, 1536, hidden)),
                      "b_in": None, "w_out": Tensor(dtype, (128, hidden, 768)), "b_out": None, "act": "silu", "gated": True, "transposed": False,
                      "interleaved": False}, (x,)),
+        experts("fp8_e4m3_block128", x, 32, 8, hidden, 768),
         Call("route", {"logits": Tensor(dtype, (T, 128)), "k": 8, "softmax": True, "renormalize": True, "scale": 1.0, "dtype": dtype},
              (Tensor(dtype, (T, 8)), Tensor(torch.int64, (T, 8)))),
         Call("qkv_attention", {"qkv": Tensor(dtype, (T, (h + k) * e + k * f)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, **cache,

@@ -586,6 +586,31 @@ def moe_cases():
     }
 
 
+def quantized_moe_cases():
+    def case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
+        generator = torch.Generator().manual_seed(rows)
+        values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
+        wide = 2 * inner if gated else inner
+        for side, n, k in (("in", wide, d), ("out", d, inner)):
+            weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
+            parts = formats.packed(formats.get(form).quantize(weight), form, "rows", 1)
+            values |= {f"w_{side}": parts["weight"].unflatten(0, (experts, -1)), f"s_{side}": parts["scale"].unflatten(0, (experts, -1))}
+        parts = {n: tensor(*values[n].shape, dtype=values[n].dtype) for n in ("w_in", "s_in", "w_out", "s_out")}
+        biases = {"b_in": tensor(experts, wide) if bias else None, "b_out": tensor(experts, d) if bias else None}
+        args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=torch.int64), "expert_weights": tensor(T, active, dtype=F32)}
+        args |= {n: (parts | biases)[n] for n in ("w_in", "s_in", "b_in", "w_out", "s_out", "b_out")} | {"act": act, "gated": gated, "format": form}
+        return Case(args, (tensor(T, d),), {"T": rows}, values)
+
+    return {
+        "fp8_one": case("fp8_e4m3_channel", 1, 2, 4, 24, 72, "silu", bias=True),
+        "fp8_some": case("fp8_e4m3_channel", 40, 3, 5, 24, 72, "gelu", gated=False),
+        "block_one": case("fp8_e4m3_block128", 1, 1, 3, 128, 128, "silu"),
+        "block_some": case("fp8_e4m3_block128", 17, 2, 2, 128, 256, "silu"),
+        "int8_some": case("int8_channel", 50, 2, 3, 24, 72, "silu", bias=True),
+        "int8_groups": case("int8_group64", 3, 2, 6, 24, 136, "relu"),
+    }
+
+
 def route_cases():
     """Rows with many equal elements, negative zeros and infinities among them."""
 
@@ -622,6 +647,7 @@ CASES = {
     "sample": sampling_cases(),
     "grouped_linear": grouped_linear_cases(),
     "moe": moe_cases(),
+    "quantized_moe": quantized_moe_cases(),
     "route": route_cases(),
     "quantized_linear": quantized_linear_cases(),
     "glu": {
@@ -696,7 +722,7 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     case = CASES[op][name]
     call = case.call(op, dtype)
     candidates = [c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, target)]
-    if op == "quantized_linear" and dtype == F32:
+    if op in ("quantized_linear", "quantized_moe") and dtype == F32:
         assert not candidates
         return
     assert candidates
