@@ -135,6 +135,11 @@ class StepBatch:
             if field.padding is not None:
                 self.arrays[name][size[field.axis] :] = field.padding
 
+    @property
+    def plain(self) -> bool:
+        """Whether of a packed step only tokens are asked for, and no request has rules."""
+        return self.edits is None and not bool((self.arrays["num_logprobs"] >= 0).any())
+
     def input_ids(self, samples: np.ndarray) -> np.ndarray:
         """[T], by `samples` [num_samples] of the step before."""
         return np.concatenate([samples, self.buffer])[self.arrays["token_sources"]]

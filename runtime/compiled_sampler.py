@@ -11,7 +11,7 @@ import torch
 from ingot.artifacts.bound import Loaded
 from ingot.artifacts.plan import Variant
 
-from .batch import StepBatch, StepSize
+from .batch import Field, StepBatch, StepSize
 from .bind import BoundPlan, bind, tickets
 
 _BOUND = 128
@@ -33,15 +33,16 @@ class CompiledSampler:
         key = (logits.data_ptr(), logits.dtype, batch.padded._replace(longest=0))
         plan = self._bound.get(key)
         if plan is None:
-            plan = self._bound[key] = self._bind(logits, batch, buffer)
+            plan = self._bound[key] = self.bind(logits, batch.fields, buffer)
             if len(self._bound) > _BOUND:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(key)
         plan.run()
         return plan.results[0]
 
-    def _bind(self, logits: torch.Tensor, batch: StepBatch, buffer: torch.Tensor) -> BoundPlan:
+    def bind(self, logits: torch.Tensor, fields: Mapping[str, Field], buffer: torch.Tensor) -> BoundPlan:
+        """What chooses the token of each row of `logits` [R, V], always from there, as the `fields` of `buffer` say."""
         variant = self._by_dtype[str(logits.dtype).removeprefix("torch.")]
-        fields = {v.name: batch.fields[v.name] for v in variant.values if v.storage == "input" and v.name != "logits"}
-        roots = {n: buffer[f.offset : f.offset + math.prod(f.shape)] for n, f in fields.items()}
+        places = {v.name: fields[v.name] for v in variant.values if v.storage == "input" and v.name != "logits"}
+        roots = {n: buffer[f.offset : f.offset + math.prod(f.shape)].view(getattr(torch, f.dtype)) for n, f in places.items()}
         return bind(variant, {"R": logits.shape[0]}, roots | self._tickets | {"logits": logits}, self._arena, self._kernels, self._device)

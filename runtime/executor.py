@@ -25,7 +25,7 @@ from .memory import MemoryPlan
 from .padding import padded
 from .protocol import ExecutorInfo
 from .sampler import Sampler
-from .staging import Staging
+from .staging import LaunchedStep, Staging
 
 Progress = Callable[[str, float], None]
 BOUND_PLANS = 256
@@ -34,24 +34,14 @@ BOUND_PLANS = 256
 
 @dataclass(frozen=True)
 class _Captured:
-    """The first entries of a plan, as a CUDA graph."""
+    """The first entries of a plan, as a CUDA graph that begins with the step's input ids.
+
+    That of a decode step has all entries; where the artifact has a sampler it chooses and keeps the tokens of all rows too, as if nobody asked for more.
+    """
 
     graph: torch.cuda.CUDAGraph
     num_entries: int
-
-
-@dataclass(frozen=True)
-class LaunchedStep:
-    """A step that was launched: what it samples, on the host once `done`."""
-
-    sampled: Sampled
-    done: torch.cuda.Event | None  # None: it is done
-
-    def result(self) -> Sampled:
-        """Wait for this step alone; numpy arrays [R]."""
-        if self.done is not None:
-            self.done.synchronize()
-        return self.sampled.to_host()
+    token_ids: torch.Tensor | None
 
 
 class Executor:
@@ -92,6 +82,7 @@ class Executor:
         largest = StepSize(self.info.max_num_batched_tokens, self.info.max_num_seqs, max(self.info.max_num_rows, self.info.max_num_seqs), memory.max_model_len)
         self._staging = Staging(self.layout, largest, self.device)
         compiled = CompiledSampler(sampling, self._kernels, self.device) if sampling else None
+        self._compiled_sampler = compiled
         self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device, compiled)
         self._arena = torch.empty(max(v.arena_bytes for v in forward), dtype=torch.uint8, device=self.device)
         # where a graph cannot hold the plan, references look at sequences one by one, and are spared those that are none
@@ -107,37 +98,36 @@ class Executor:
 
     def launch(self, batch: StepBatch) -> LaunchedStep:
         """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
-        sampled = self._sampler(self._forward(batch), batch, self._staging.input_ids, self._staging.buffer)
-        self._staging.keep(sampled.token_ids)
-        sampled = sampled.first(batch.size.num_rows)
-        if self.device.type != "cuda":
-            return LaunchedStep(sampled, None)
-        done = torch.cuda.Event()
-        sampled = Sampled(*(None if t is None else t.to("cpu", non_blocking=True) for t in sampled))  # to page-locked memory
-        done.record()
-        return LaunchedStep(sampled, done)
+        logits, token_ids = self._forward(batch)
+        if token_ids is not None and batch.plain:  # as a rule
+            return self._staging.download(batch, Sampled(token_ids))
+        sampled = self._sampler(logits, batch, self._staging.input_ids, self._staging.buffer)
+        self._staging.keep(sampled.token_ids)()
+        return self._staging.download(batch, sampled)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """The same step without sampling: logits [R, V] on the device, valid until the next step."""
-        return self._forward(batch)[: batch.size.num_rows]
+        return self._forward(batch)[0][: batch.size.num_rows]
 
     def captured(self, size: StepSize) -> bool:
         """Whether a step of this size is replayed as a CUDA graph."""
         variant = self._variant(size)
         return (variant.name, padded(size, variant).num_tokens) in self._captured
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
-        """Logits at every row, those of padding too."""
+    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits at every row, those of padding too, and the tokens where a graph chose them."""
         assert batch.layout == self.layout, "the cache and the executor disagree about page tables"
         variant = self._variant(batch.size)
         captured = self._captured.get((variant.name, batch.padded.num_tokens))
-        rest = self._bind(variant, batch.padded, captured.num_entries if captured is not None else 0)
+        rest = self._bind(variant, batch.padded, 0 if captured is None else captured.num_entries)
         self._copy(batch.copies)
         self._staging.upload(batch)
-        if captured is not None:
-            captured.graph.replay()
+        if captured is None:
+            rest.run()
+            return rest.results[0], None
+        captured.graph.replay()
         rest.run()
-        return rest.results[0]
+        return rest.results[0], captured.token_ids
 
     def _copy(self, copies: np.ndarray) -> None:
         """Pages and slots, as `StepBatch.copies` says; all are read before any is written."""
@@ -170,7 +160,8 @@ class Executor:
     def _bind_part(self, variant: Variant, size: StepSize, part: slice) -> BoundPlan:
         sizes = {"T": size.num_tokens, "S": size.num_seqs, "R": size.num_rows}
         sizes |= {f"N_{n}": g.num_units for n, g in self.info.groups.items()} | {f"P_{n}": c for n, _, c in self.layout.page_groups}
-        return bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device, part, self._fixed)
+        plan = bind(variant, sizes, self._roots | self._staging.inputs(size), self._arena, self._kernels, self.device, part, self._fixed)
+        return plan if part.start else BoundPlan((self._staging.gather(size), *plan.calls), plan.results)
 
     def _capture(self, progress: Progress) -> None:
         """Capture every variant at each of its sizes, largest first, so that the pool is allocated once."""
@@ -183,7 +174,12 @@ class Executor:
             size = padded(StepSize(tokens, 1, 1, 0), variant)
             self._staging.upload(self._staging.batch(StepSize(0, 0, 0, 0), size))
             count = len(variant.entries) if decodes else variant.num_before_rows()
-            self._captured[name, tokens] = _Captured(capture(self._bind_part(variant, size, slice(count)), pool, stream), count)
+            plan, token_ids = self._bind_part(variant, size, slice(0, count)), None
+            if decodes and self._compiled_sampler is not None:
+                sampling = self._compiled_sampler.bind(plan.results[0], self.layout.fields(size), self._staging.buffer)
+                token_ids = sampling.results[0]
+                plan = BoundPlan((*plan.calls, *sampling.calls, self._staging.keep(token_ids)), sampling.results)
+            self._captured[name, tokens] = _Captured(capture(plan, pool, stream), count, token_ids)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Sampler:
         """`logits` [R, V], R as padded; `input_ids` [T] of the step, and `buffer` of the batch, on the logits' device."""
         if buffer is None:
             buffer = torch.from_numpy(batch.buffer)
-        if self._plans is not None and batch.edits is None and not (batch.arrays["num_logprobs"] >= 0).any():
+        if self._plans is not None and batch.plain:
             return Sampled(self._plans(logits, batch, buffer))  # as a rule; nothing else need be looked at
         rows = SamplingRows.from_batch(batch, buffer)
         if batch.edits is None:

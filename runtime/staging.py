@@ -1,43 +1,75 @@
-"""How a step gets to its device: one copy from page-locked memory, two small launches, nothing waited for."""
+"""A step's way to the device and back: one copy from page-locked memory, input ids gathered from the last step's samples, one copy to page-locked memory.
+
+Nothing is allocated and nothing waited for. What a step enqueues is bound once a size: a view costs as much as a launch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .batch import StepBatch, StepLayout, StepSize
+from .batch import Sampled, StepBatch, StepLayout, StepSize
 
-_BUFFERS = 3
-"""Host buffers in rotation: one is packed while the steps before it may still be copied."""
+_SLOTS = 3
+"""Host buffers in rotation: one is packed while the two steps before it may still be in flight."""
 _KEPT = 64
 """Batches whose views are kept; steps of a size seen before cost no views."""
 
 
+class _Slot(NamedTuple):
+    """What one of the steps in flight has on the host: its buffer, the tokens it samples, and when it is done (on a CPU at once)."""
+
+    buffer: torch.Tensor
+    token_ids: torch.Tensor
+    done: torch.cuda.Event | None
+
+
 class _Views(NamedTuple):
-    """Of a batch, what its upload reads and writes: made once, since a view costs as much as a launch."""
+    """Of a batch, what its upload and download read and write."""
 
     host: torch.Tensor
     device: torch.Tensor
-    token_sources: torch.Tensor
-    input_ids: torch.Tensor
     page_tables: list[tuple[torch.Tensor, torch.Tensor]]
+    token_ids: torch.Tensor
+    host_token_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that was launched: `samples` are on the host once it is `done`, until the third launch after it."""
+
+    samples: np.ndarray  # `_pack`
+    num_rows: int
+    done: torch.cuda.Event | None
+
+    def result(self) -> Sampled:
+        """Wait for this step alone; numpy arrays [R]."""
+        if self.done is not None:
+            self.done.synchronize()
+        return _unpack(self.samples[: self.num_rows].copy())
 
 
 class Staging:
     """The host's buffers, and what kernels read: the step's buffer, `input_ids` [T] and full page tables [S, P] by group.
 
-    In memory the last step's samples come before the step's buffer: `token_sources` are indices into both.
+    In memory the last step's samples come before the step's buffer: `token_sources` are indices into both. At most two steps are in flight.
     """
 
     def __init__(self, layout: StepLayout, largest: StepSize, device: torch.device) -> None:
-        self._layout = layout
-        length, cuda = layout.length(largest), device.type == "cuda"
-        self._host = [torch.zeros(length, dtype=torch.int32, pin_memory=cuda) for _ in range(_BUFFERS)]
-        self._copied = [torch.cuda.Event() for _ in self._host] if cuda else []
-        self._slot = 0
+        self._layout, self._cuda = layout, device.type == "cuda"
+        length = layout.length(largest)
+
+        def host(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
+
+        self._slots = [_Slot(host(length), host(largest.num_rows), torch.cuda.Event() if self._cuda else None) for _ in range(_SLOTS)]
+        self._turn = 0
         self._batches: OrderedDict[tuple[int, StepSize], tuple[StepBatch, _Views]] = OrderedDict()
         self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
         self.buffer = self._memory[layout.num_samples :]
@@ -45,14 +77,15 @@ class Staging:
         self._page_tables = {f"page_table_{g}": torch.zeros(largest.num_seqs, p, dtype=torch.int32, device=device) for g, _, p in layout.page_groups}
 
     def batch(self, size: StepSize, padded: StepSize) -> StepBatch:
-        """A batch in the next host buffer; waits only if that one has not been copied yet."""
-        self._slot = (self._slot + 1) % len(self._host)
-        if self._copied:
-            self._copied[self._slot].synchronize()
-        key = (self._slot, padded)
+        """A batch in the next slot; waits only if the step that had it before is still in flight."""
+        self._turn = (self._turn + 1) % _SLOTS
+        slot = self._slots[self._turn]
+        if slot.done is not None:
+            slot.done.synchronize()
+        key = (self._turn, padded)
         if key not in self._batches:
-            batch = StepBatch(self._layout, size, padded, self._host[self._slot].numpy())
-            self._batches[key] = batch, self._views(batch)
+            batch = StepBatch(self._layout, size, padded, slot.buffer.numpy())
+            self._batches[key] = batch, self._views(batch, slot)
             if len(self._batches) > _KEPT:
                 self._batches.popitem(last=False)
         self._batches.move_to_end(key)
@@ -61,23 +94,46 @@ class Staging:
         return batch
 
     def upload(self, batch: StepBatch) -> None:
-        """Enqueue the copy of the batch that `batch` returned last, and make input ids and page tables of it."""
-        _, views = self._batches[self._slot, batch.padded]
+        """Enqueue the copy of the batch that `batch` returned last, and make page tables of it."""
+        _, views = self._batches[self._turn, batch.padded]
         views.device.copy_(views.host, non_blocking=True)
-        if self._copied:
-            self._copied[self._slot].record()
-        torch.index_select(self._memory, 0, views.token_sources, out=views.input_ids)
         for table, packed in views.page_tables:
             table.copy_(packed)
 
-    def _views(self, batch: StepBatch) -> _Views:
-        def view(name: str) -> torch.Tensor:
-            field = batch.fields[name]
-            return self.buffer[field.offset : field.offset + math.prod(field.shape)].view(field.shape)
+    def gather(self, padded: StepSize) -> Callable[[], object]:
+        """What makes the input ids of an uploaded batch."""
+        sources, input_ids = self._view("token_sources", padded), self.input_ids[: padded.num_tokens]
+        return lambda: torch.index_select(self._memory, 0, sources, out=input_ids)
 
-        tables = [(table[: view(name).shape[0], : view(name).shape[1]], view(name)) for name, table in self._page_tables.items()]
-        host, device = self._host[self._slot][: batch.buffer.size], self.buffer[: batch.buffer.size]
-        return _Views(host, device, view("token_sources"), self.input_ids[: batch.padded.num_tokens], tables)
+    def keep(self, token_ids: torch.Tensor) -> Callable[[], object]:
+        """What keeps a step's samples [R] for the next one; where logits were not finite 0, a token like any other, stands for it."""
+        samples = token_ids[: self._layout.num_samples]
+        place = self._memory[: samples.numel()]
+        return lambda: torch.clamp(samples, min=0, out=place)
+
+    def download(self, batch: StepBatch, sampled: Sampled) -> LaunchedStep:
+        """Enqueue the copy of what the uploaded batch's step samples at all of its rows."""
+        slot = self._slots[self._turn]
+        if sampled.logprobs is None:
+            _, views = self._batches[self._turn, batch.padded]
+            views.token_ids.copy_(sampled.token_ids, non_blocking=True)
+            samples = views.host_token_ids
+        else:
+            samples = _pack(sampled).to("cpu", non_blocking=True).numpy()  # to page-locked memory
+        if slot.done is not None:
+            slot.done.record()
+        return LaunchedStep(samples, batch.size.num_rows, slot.done)
+
+    def _views(self, batch: StepBatch, slot: _Slot) -> _Views:
+        packed = {name: self._view(name, batch.padded) for name in self._page_tables}
+        tables = [(self._page_tables[name][: table.shape[0], : table.shape[1]], table) for name, table in packed.items()]
+        length = batch.buffer.size
+        token_ids = slot.token_ids[: batch.padded.num_rows]
+        return _Views(slot.buffer[:length], self.buffer[:length], tables, token_ids, token_ids.numpy())
+
+    def _view(self, name: str, padded: StepSize) -> torch.Tensor:
+        field = self._layout.fields(padded)[name]
+        return self.buffer[field.offset : field.offset + math.prod(field.shape)].view(field.shape)
 
     def inputs(self, size: StepSize) -> dict[str, torch.Tensor]:
         """Where a plan reads a step padded to `size`; T, S and R decide."""
@@ -85,7 +141,21 @@ class Staging:
         views = {name: self.buffer[f.offset : f.offset + math.prod(f.shape)] for name, f in fields.items()}
         return views | self._page_tables | {"input_ids": self.input_ids}
 
-    def keep(self, token_ids: torch.Tensor) -> None:
-        """Keep a step's samples [R] for the next one; where logits were not finite 0, a token like any other, stands for it."""
-        samples = token_ids[: self._layout.num_samples]
-        torch.clamp(samples, min=0, out=self._memory[: samples.numel()])
+
+def _pack(sampled: Sampled) -> torch.Tensor:
+    """Tokens and log-probabilities as one tensor: int32 [R, 2 + 2 · N]."""
+    columns = [sampled.token_ids[:, None], sampled.logprobs.view(torch.int32)[:, None]]
+    if sampled.top_ids is not None:
+        columns += [sampled.top_ids, sampled.top_logprobs.view(torch.int32)]
+    return torch.cat(columns, 1)
+
+
+def _unpack(samples: np.ndarray) -> Sampled:
+    """What `_pack` packed, or tokens [R] alone."""
+    if samples.ndim == 1:
+        return Sampled(samples)
+    tokens, logprobs, top = samples[:, 0], samples[:, 1].view(np.float32), samples[:, 2:]
+    if not top.size:
+        return Sampled(tokens, logprobs)
+    count = top.shape[1] // 2
+    return Sampled(tokens, logprobs, top[:, :count], top[:, count:].view(np.float32))

@@ -6,16 +6,21 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
+from ingot.compiler.outline import Outline
+from ingot.compiler.plan import Choice, plan
+from ingot.compiler.sampling import sampling_programs
 from ingot.models.source import BUNDLED
+from ingot.runtime.bind import BoundPlan
 from ingot.runtime.engine import Engine
 from ingot.runtime.executor import Executor
 from ingot.runtime.llm import LLM
 from ingot.runtime.memory import plan_memory
-from ingot.runtime.request import SamplingParams
+from ingot.runtime.request import Request, SamplingParams
 
 NUM_PROMPTS, NEW_TOKENS = 50, 16
 
@@ -91,6 +96,84 @@ def test_with_steps_in_flight(artifact: Path, prompts: list[list[int]], expected
     memory = plan_memory(opened, max(v.arena_bytes for v in plans.values()), max_model_len=512, utilization=0.9, num_pages=1024)
     engine = Engine(Executor(opened, plans, memory, asynchronous=True), None, opened.manifest.model)
     assert [o.outputs[0].token_ids for o in LLM.over(engine).generate(prompts, GREEDY)] == expected
+
+
+class Replayed:
+    """In place of a CUDA graph: what was captured, run again."""
+
+    def __init__(self, plan: BoundPlan, pool: None, stream: None) -> None:
+        self.replay = plan.run
+
+
+@pytest.fixture
+def captured(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The same kernels in plans as a GPU has them: steps padded to few sizes and replayed, tokens chosen by a plan of the entry point `sample`."""
+    monkeypatch.setattr("ingot.runtime.executor.capture", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    opened = Artifact.open(artifact)
+    vocab_size = opened.manifest.model.vocab_size
+    whole = opened.plan("tokens_512")
+    plans = {
+        f"decode_{n}": msgspec.structs.replace(whole, name=f"decode_{n}", max_tokens=n, max_seqs=n, max_num_new=1, max_rows=n, capture=(n,)) for n in (4, 16)
+    }
+    plans["tokens_512"] = msgspec.structs.replace(whole, capture=(16, 64))
+    for graph, (spec,) in sampling_programs(vocab_size, torch.float32, 64):
+        plans[spec.name] = plan(Outline.of(graph), spec.steps, spec.name, lambda call: Choice(None, (), "as its reference"))
+    memory = plan_memory(opened, max(v.arena_bytes for v in plans.values()), max_model_len=512, utilization=0.9, num_pages=1024)
+    return Engine(Executor(opened, plans, memory, asynchronous=True), None, opened.manifest.model)
+
+
+ASKED = [
+    SamplingParams(temperature=0.8, seed=1, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.0, max_tokens=7, logprobs=2, ignore_eos=True),
+    SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=2, max_tokens=15, ignore_eos=True),
+    SamplingParams(temperature=0.0, max_tokens=9, repetition_penalty=1.3, frequency_penalty=0.5, ignore_eos=True),
+    SamplingParams(temperature=0.0, max_tokens=11, prompt_logprobs=1, ignore_eos=True),
+    SamplingParams(temperature=0.7, seed=3, max_tokens=14, logit_bias={300: 4.0}, logprobs=0, ignore_eos=True),
+]
+
+
+def test_with_captured_steps(captured: Engine, artifact: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Alone and mixed with requests for more than tokens, which a graph does not know of."""
+    graphs = LLM.over(captured)
+    assert [o.outputs[0].token_ids for o in graphs.generate(prompts[:5], GREEDY)] == expected[:5]
+    short = sorted(prompts, key=len)[: len(ASKED)]
+    for mine, plain in zip(graphs.generate(short, ASKED), LLM(artifact).generate(short, ASKED), strict=True):
+        assert mine.outputs[0].token_ids == plain.outputs[0].token_ids
+        for ours, theirs in ((mine.outputs[0].logprobs, plain.outputs[0].logprobs), (mine.prompt_logprobs, plain.prompt_logprobs)):
+            assert (ours is None) == (theirs is None)
+            for a, b in zip(ours or (), theirs or (), strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or (a.token_id, a.logprob, [t for t, _ in a.top]) == (b.token_id, pytest.approx(b.logprob, abs=1e-4), [t for t, _ in b.top])
+
+
+class Counted(TorchDispatchMode):
+    """What torch is asked for, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_captured_decode_step_is_three_copies_and_a_replay(captured: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the buffer, of the page table to its place, of the tokens back."""
+    for i, prompt in enumerate(sorted(prompts, key=len)[:9]):
+        captured.add(Request(f"r{i}", prompt, SamplingParams(max_tokens=200, ignore_eos=True)))
+    while any(len(s.token_ids) < s.num_prompt + 4 for s in captured.scheduler.running) or captured.scheduler.num_waiting:
+        captured.step()
+    replayed: list[int] = []
+    for graph in captured.executor._captured.values():
+        monkeypatch.setattr(graph.graph, "replay", lambda: replayed.append(1))
+    with Counted() as counted:
+        for _ in range(5):
+            captured.step()
+    assert counted.calls == ["copy_", "copy_", "copy_"] * 5
+    assert len(replayed) == 5
 
 
 def test_alone(artifact: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:

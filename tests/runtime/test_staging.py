@@ -30,6 +30,7 @@ def test_input_ids_and_page_tables_arrive_and_samples_stay(device):
         expected = np.where(pending, samples[rows], a["token_ids"][:T])
         tables = {g: a[f"page_table_{g}"][:S].copy() for g in ("full", "window8")}
         staging.upload(batch)
+        staging.gather(padded)()
         inputs = staging.inputs(padded)
         found = inputs["input_ids"][: padded.num_tokens].cpu().numpy()
         np.testing.assert_array_equal(found[:T], expected)
@@ -38,5 +39,5 @@ def test_input_ids_and_page_tables_arrive_and_samples_stay(device):
             np.testing.assert_array_equal(inputs[f"page_table_{group}"][:S, : table.shape[1]].cpu().numpy(), table)
         np.testing.assert_array_equal(inputs["positions"][:T].cpu().numpy(), a["positions"][:T])
         sampled = rng.integers(-2, 900, 20).astype(np.int32)
-        staging.keep(torch.from_numpy(sampled).to(device))
+        staging.keep(torch.from_numpy(sampled).to(device))()
         samples = np.maximum(sampled[:16], 0)
