@@ -92,7 +92,7 @@ def main() -> None:
     print(args.model, "compile seconds", built.report["seconds"])
     artifact = Artifact.open(built.path)
     plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
-    memory = plan_memory(artifact, max(v.arena_bytes for v in plans.values()), max_model_len=16384, utilization=0.9, num_pages=None)
+    memory = plan_memory(artifact, plans.values(), max_model_len=16384, utilization=0.9, num_pages=None)
     executor = Executor(artifact, plans, memory)
     found = {}
     with torch.inference_mode():

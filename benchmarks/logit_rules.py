@@ -46,7 +46,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits = torch.randn(args.rows, args.vocab, device=device, dtype=torch.bfloat16)
     ids = torch.arange(args.rows, dtype=torch.int32, device=device)
-    sampler = Sampler(args.rows, args.vocab, device)
+    sampler = Sampler(args.rows, args.rows, args.vocab, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print(f"{args.rows} rows of {args.vocab} logits, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
     for kind in KINDS:

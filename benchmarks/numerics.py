@@ -111,7 +111,7 @@ def main() -> None:
     exact = reference(folder, prompts, torch.float32, device)
     theirs = error(reference(folder, prompts, getattr(torch, args.dtype), device), exact)
     plans = {v: artifact.plan(v) for v in artifact.manifest.variants}
-    memory = plan_memory(artifact, max(p.arena_bytes for p in plans.values()), max_model_len=CONTEXT, utilization=0.9, num_pages=64 * args.prompts)
+    memory = plan_memory(artifact, plans.values(), max_model_len=CONTEXT, utilization=0.9, num_pages=64 * args.prompts)
     executor = Executor(artifact, plans, memory)
     layout = executor.layout
 

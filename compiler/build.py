@@ -50,6 +50,10 @@ from .weights import bind, described, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+MAX_NUM_SEQS = 4096
+"""Of a step. On a GPU every 32 more of them have a plan and a graph of their own."""
+MAX_NUM_BATCHED_TOKENS = 1 << 20
+"""Of a step. Longer prompts are computed in chunks."""
 
 
 class CompileError(IngotError):
@@ -161,6 +165,8 @@ class Job:
         source.check_vocabulary(found)
         if _max_model_len(config) < 1:
             raise CompileError(f"config.json gives a context of {_max_model_len(config)} tokens; correct max_position_embeddings")
+        if _max_model_len(config) >= 2**31:
+            raise CompileError(f"config.json gives a context of {_max_model_len(config)} tokens, and positions have 31 bits; correct max_position_embeddings")
         on_gpu = target.kind == "cuda"
         entry = entry_point(config)
         if entry == "embed" and options.kv_cache_dtype != "auto":
@@ -181,6 +187,9 @@ class Job:
             deterministic=options.deterministic,
             dummy_weights=options.dummy_weights,
         )
+        for flag, given, most in (("seqs", resolved.max_num_seqs, MAX_NUM_SEQS), ("batched-tokens", resolved.max_num_batched_tokens, MAX_NUM_BATCHED_TOKENS)):
+            if given > most:
+                raise CompileError(f"--max-num-{flag} {given}: a step takes at most {most}; more wait for the next one")
         if resolved.max_num_batched_tokens < resolved.max_num_seqs:
             raise CompileError(f"--max-num-batched-tokens {resolved.max_num_batched_tokens} is less than --max-num-seqs {resolved.max_num_seqs}: "
                                "a decode step takes a token of every sequence")  # fmt: skip

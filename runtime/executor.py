@@ -83,7 +83,7 @@ class Executor:
         self._staging = Staging(self.layout, largest, self.device)
         compiled = CompiledSampler(sampling, self._kernels, self.device) if sampling else None
         self._compiled_sampler = compiled
-        self._sampler = Sampler(self.info.max_num_seqs, self.info.vocab_size, self.device, compiled)
+        self._sampler = Sampler(self.info.max_num_seqs, largest.num_rows, self.info.vocab_size, self.device, compiled)
         self._arena = torch.empty(max(v.arena_bytes for v in forward), dtype=torch.uint8, device=self.device)
         # where a graph cannot hold the plan, references look at sequences one by one, and are spared those that are none
         self._pads = any(v.capture for v in forward)

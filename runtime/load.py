@@ -53,7 +53,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
     progress("plan memory", 0.0)  # and wait for the GPU's context
     memory = plan_memory(
         artifact,
-        max(v.arena_bytes for v in plans.values()),
+        plans.values(),
         max_model_len=options.max_model_len,
         utilization=options.gpu_memory_utilization,
         num_pages=options.num_pages,

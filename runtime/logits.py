@@ -6,6 +6,7 @@ CTRL), frequency and presence penalty (OpenAI's API), allowed tokens.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .logit_rules import FIELDS, IN_PROMPT, LogitEdits
@@ -13,10 +14,16 @@ from .logit_rules import FIELDS, IN_PROMPT, LogitEdits
 _CHUNK = 1 << 22  # logits worked on at once, which bounds the temporaries
 
 
+def processor_bytes(num_lines: int, num_rows: int, vocab_size: int) -> int:
+    """What a `LogitsProcessor` holds on the device."""
+    return 4 * (num_lines + num_rows) * vocab_size
+
+
 class DeviceEdits:
-    """A step's `LogitEdits` on the device, by name; empty ones are left out."""
+    """A step's `LogitEdits` on the device, by name; empty ones are left out. `host`: the same here."""
 
     def __init__(self, edits: LogitEdits, device: torch.device) -> None:
+        self.host = edits.arrays
         host = torch.from_numpy(edits.buffer)
         buffer = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         self.arrays: dict[str, torch.Tensor] = {}
@@ -34,23 +41,16 @@ class DeviceEdits:
 
 
 class LogitsProcessor:
-    """Applies edits, and counts the tokens of sequences with penalties: int32 [lines, V], made when the first such sequence comes."""
+    """Applies edits, and counts the tokens of sequences with penalties. What it needs is there from the start: `processor_bytes`."""
 
-    def __init__(self, num_lines: int, vocab_size: int, device: torch.device) -> None:
-        self._shape, self._device = (num_lines, vocab_size), device
-        self._counts: torch.Tensor | None = None
-        self._processed = torch.empty(0, vocab_size, device=device)
-
-    @property
-    def counts(self) -> torch.Tensor:
-        if self._counts is None:
-            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-        return self._counts
+    def __init__(self, num_lines: int, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        """`num_lines`: sequences that run at once. `num_rows`: of logits, at most."""
+        self._vocab_size = vocab_size
+        self.counts = torch.empty(num_lines, vocab_size, dtype=torch.int32, device=device)  # a line is cleared when a sequence gets it
+        self._processed = torch.empty(num_rows, vocab_size, device=device)  # plans are bound to where it lies
 
     def process(self, logits: torch.Tensor, edits: DeviceEdits, newest: torch.Tensor) -> torch.Tensor:
         """What to sample from instead of `logits` [R, V]: float32, overwritten by the next call. `newest` [R]: the token before each row's next."""
-        if len(self._processed) < len(logits):  # plans are bound to where it lies, so it moves seldom
-            self._processed = torch.empty(1 << (len(logits) - 1).bit_length(), logits.shape[1], device=self._device)
         logits = self._processed[: len(logits)].copy_(logits)
         vocab_size = logits.shape[1]
         if "edit_rows" in edits:
@@ -66,11 +66,16 @@ class LogitsProcessor:
             for begin in range(0, len(edits["penalty_rows"]), size):
                 self._penalize(logits, edits, slice(begin, begin + size))
         if "restricted_rows" in edits:
-            rows = edits["restricted_rows"]
-            allowed = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=logits.device)
-            allowed.view(-1).index_fill_(0, edits["allowed_in"] * vocab_size + edits["allowed_tokens"], True)
-            logits.index_copy_(0, rows, logits[rows].masked_fill_(~allowed, float("-inf")))
+            size = max(1, _CHUNK // vocab_size)
+            for begin in range(0, len(edits["restricted_rows"]), size):
+                self._restrict(logits, edits, begin, begin + size)
         return logits
+
+    def _restrict(self, logits: torch.Tensor, edits: DeviceEdits, begin: int, end: int) -> None:
+        rows, (first, last) = edits["restricted_rows"][begin:end], np.searchsorted(edits.host["allowed_in"], (begin, end)).tolist()
+        allowed = torch.zeros(len(rows), self._vocab_size, dtype=torch.bool, device=logits.device)
+        allowed.view(-1).index_fill_(0, (edits["allowed_in"][first:last] - begin) * self._vocab_size + edits["allowed_tokens"][first:last], True)
+        logits.index_copy_(0, rows, logits[rows].masked_fill_(~allowed, float("-inf")))
 
     def _penalize(self, logits: torch.Tensor, edits: DeviceEdits, some: slice) -> None:
         rows = edits["penalty_rows"][some]
@@ -86,5 +91,5 @@ class LogitsProcessor:
         """`token_ids` [R] were sampled."""
         if "penalty_rows" in edits:
             tokens = token_ids[edits["penalty_rows"]].clamp(min=0)  # no token: the sequence ends
-            places = edits["penalty_lines"] * self._shape[1] + tokens
+            places = edits["penalty_lines"] * self._vocab_size + tokens
             self.counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))

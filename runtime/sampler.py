@@ -19,8 +19,12 @@ from .logit_rules import NONE_LEFT, NOT_FINITE
 from .logits import DeviceEdits, LogitsProcessor
 
 _CHUNK = 1 << 22  # logits worked on at once, which bounds the temporaries
-WORKSPACE_BYTES = 8 * 8 * _CHUNK
-"""Memory that `sample` needs at most beside the logits, unless one row alone has more than `_CHUNK` of them."""
+
+
+def workspace_bytes(vocab_size: int) -> int:
+    """Memory that sampling needs at most beside logits and results: eight numbers of 64 bits for each logit that is worked on at once."""
+    return 8 * 8 * max(_CHUNK, vocab_size)
+
 
 _FEW = 512
 """Candidates that a CPU tries for top-p before it sorts a vocabulary."""
@@ -80,8 +84,9 @@ class SamplingRows:
 class Sampler:
     """Samples the logits of steps, one after the other, as their batches say. With `plans`, compiled ones choose the tokens."""
 
-    def __init__(self, num_seqs: int, vocab_size: int, device: torch.device, plans: CompiledSampler | None = None) -> None:
-        self._processor = LogitsProcessor(num_seqs, vocab_size, device)
+    def __init__(self, num_seqs: int, num_rows: int, vocab_size: int, device: torch.device, plans: CompiledSampler | None = None) -> None:
+        """`num_rows`: of logits, at most."""
+        self._processor = LogitsProcessor(num_seqs, num_rows, vocab_size, device)
         self._plans = plans
 
     def __call__(self, logits: torch.Tensor, batch: StepBatch, input_ids: torch.Tensor, buffer: torch.Tensor | None = None) -> Sampled:

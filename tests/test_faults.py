@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ LIES: list[tuple[dict[str, Any], type[IngotError], str]] = [
     ({"hidden_act": "nope"}, TraceError, r"cannot build LlamaForCausalLM from its config\.json: KeyError: 'nope'"),
     ({"num_hidden_layers": "2"}, SourceError, r"config\.json does not describe a llama model"),
     ({"max_position_embeddings": -1}, CompileError, r"a context of -1 tokens; correct max_position_embeddings"),
+    ({"max_position_embeddings": 10**12}, CompileError, r"a context of 1000000000000 tokens, and positions have 31 bits; correct max_position_embeddings"),
 ]
 
 
@@ -244,6 +246,12 @@ def test_a_config_that_lies_is_found_before_the_long_work(
     assert set(stages) <= {"trace"}
     assert len(warm.list()) == 1
     assert list((warm.home / "building").iterdir()) == []
+
+
+@pytest.mark.parametrize(("flag", "most"), [("max_num_seqs", 4096), ("max_num_batched_tokens", 1 << 20)])
+def test_sizes_beyond_all_measure_are_refused_with_what_fits(flag: str, most: int, model: Path) -> None:
+    with pytest.raises(CompileError, match=rf"--{flag.replace('_', '-')} {10**9}: a step takes at most {most}"):
+        compile_model(str(model), replace(OPTIONS, **{flag: 10**9}))
 
 
 def test_weights_that_are_not_numbers_are_refused_by_name(warm: Store, model: Path, tmp_path: Path) -> None:

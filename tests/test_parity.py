@@ -93,7 +93,7 @@ def test_with_steps_in_flight(artifact: Path, prompts: list[list[int]], expected
     """As on a GPU: steps run in a thread while the next ones are scheduled, and input ids come from the samples before."""
     opened = Artifact.open(artifact)
     plans = {name: opened.plan(name) for name in opened.manifest.variants}
-    memory = plan_memory(opened, max(v.arena_bytes for v in plans.values()), max_model_len=512, utilization=0.9, num_pages=1024)
+    memory = plan_memory(opened, plans.values(), max_model_len=512, utilization=0.9, num_pages=1024)
     engine = Engine(Executor(opened, plans, memory, asynchronous=True), None, opened.manifest.model)
     assert [o.outputs[0].token_ids for o in LLM.over(engine).generate(prompts, GREEDY)] == expected
 
@@ -120,7 +120,7 @@ def captured(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     plans["tokens_512"] = msgspec.structs.replace(whole, capture=(16, 64))
     for graph, (spec,) in sampling_programs(vocab_size, torch.float32, 64):
         plans[spec.name] = plan(Outline.of(graph), spec.steps, spec.name, lambda call: Choice(None, (), "as its reference"))
-    memory = plan_memory(opened, max(v.arena_bytes for v in plans.values()), max_model_len=512, utilization=0.9, num_pages=1024)
+    memory = plan_memory(opened, plans.values(), max_model_len=512, utilization=0.9, num_pages=1024)
     return Engine(Executor(opened, plans, memory, asynchronous=True), None, opened.manifest.model)
 
 

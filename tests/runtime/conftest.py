@@ -45,7 +45,7 @@ class RecallExecutor:
         self.weights = {name: rng.integers(1, PRIME, info.max_model_len) for name in info.groups}
         self.memory = {name: np.full(g.num_units * max(g.page_size, 1), -1, np.int64) for name, g in info.groups.items()}
         self.samples = np.zeros(self.layout.num_samples, np.int32)
-        self.sampler = Sampler(info.max_num_seqs, VOCAB, torch.device("cpu"))
+        self.sampler = Sampler(info.max_num_seqs, info.max_num_batched_tokens + 1, VOCAB, torch.device("cpu"))
         self.num_steps = 0
         self.largest = (0, 0, 0)
         self.fail: Callable[[StepBatch], None] = lambda batch: None  # when it is launched

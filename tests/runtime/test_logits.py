@@ -72,7 +72,7 @@ def few_tokens(rng: np.random.Generator, count: int) -> list[int]:
 def test_every_row_is_as_if_it_were_alone(device):
     """All examples in one batch, over steps in which the newest token is known to the device alone; rows change, some start again."""
     rng = np.random.default_rng(0)
-    processor = LogitsProcessor(len(EXAMPLES), VOCAB, torch.device(device))
+    processor = LogitsProcessor(len(EXAMPLES), len(EXAMPLES), VOCAB, torch.device(device))
     lines = rng.permutation(len(EXAMPLES)).tolist()
     running = [sequence(p, few_tokens(rng, 1 + i % 5), line) for (i, p), line in zip(enumerate(EXAMPLES.values()), lines, strict=True)]
     banned = 0
@@ -110,9 +110,9 @@ def test_penalties_are_worked_on_in_parts(monkeypatch):
     running = [sequence(EXAMPLES["penalties"], few_tokens(rng, 4), i) for i in range(7)]
     logits = torch.tensor(rng.normal(0, 3, (7, VOCAB)), dtype=torch.float32)
     edits = DeviceEdits(LogitEdits.pack([(r, s, 0) for r, s in enumerate(running)]), torch.device("cpu"))
-    whole = LogitsProcessor(7, VOCAB, torch.device("cpu")).process(logits, edits, logits.argmax(-1))
+    whole = LogitsProcessor(7, 7, VOCAB, torch.device("cpu")).process(logits, edits, logits.argmax(-1))
     monkeypatch.setattr("ingot.runtime.logits._CHUNK", 2 * VOCAB)
-    assert torch.equal(LogitsProcessor(7, VOCAB, torch.device("cpu")).process(logits, edits, logits.argmax(-1)), whole)
+    assert torch.equal(LogitsProcessor(7, 7, VOCAB, torch.device("cpu")).process(logits, edits, logits.argmax(-1)), whole)
 
 
 def test_no_rules_no_edits():
@@ -190,7 +190,7 @@ def batch_of(params: list[SamplingParams], edits: LogitEdits | None = None) -> S
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_p=0.9, logprobs=1)], ids=["greedy", "drawn"])
 def test_without_rules_a_step_makes_the_same_calls(params):
     batch, logits, ids = batch_of([params] * 4), torch.randn(4, VOCAB), torch.arange(4, dtype=torch.int32)
-    sampler = Sampler(4, VOCAB, torch.device("cpu"))
+    sampler = Sampler(4, 4, VOCAB, torch.device("cpu"))
     with Calls() as with_sampler:
         sampler(logits, batch, ids)
     with Calls() as alone:
@@ -209,7 +209,7 @@ def test_the_device_is_not_waited_for():
     edits = LogitEdits.pack([(r, s, 0) for r, s in enumerate(running)])
     batch = batch_of([SamplingParams(temperature=0.8, top_p=0.9, logprobs=2)] * len(running), edits)
     logits, ids, buffer = torch.randn(len(running), VOCAB).cuda(), torch.arange(len(running), dtype=torch.int32).cuda(), torch.from_numpy(batch.buffer).cuda()
-    sampler = Sampler(len(running), VOCAB, torch.device("cuda"))
+    sampler = Sampler(len(running), len(running), VOCAB, torch.device("cuda"))
     sampler(logits, batch, ids, buffer)  # the counts are made
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -69,7 +69,7 @@ class RollExecutor:
         self.info = ExecutorInfo({"full": GroupInfo("page", PAGE_SIZE, NUM_PAGES)}, 64, 256, max_model_len, VOCAB, asynchronous=True)
         self._layout = StepLayout.of(self.info.groups, 64, max_model_len)
         self._samples = np.zeros(self._layout.num_samples, np.int32)
-        self._sampler = Sampler(64, VOCAB, torch.device("cpu"))
+        self._sampler = Sampler(64, 256, VOCAB, torch.device("cpu"))
         self._seconds, self._ready = seconds, 0.0
 
     def batch(self, size: StepSize) -> StepBatch:
