@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import random
 import re
+import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from ingot.ops.errors import IngotError
 
 ROOT = Path(__file__).parent.parent
 SERVER = Path(__file__).with_name("compile_server.py")
+ForkServer = runpy.run_path(str(Path(__file__).with_name("fork_server.py")))["ForkServer"]
 OPTIONS = CompileOptions(target="x86-64-v3", dtype="float32", max_num_seqs=1, max_num_batched_tokens=1)
 
 
@@ -77,55 +77,27 @@ def store(warm: Store, model: Path) -> Iterator[Store]:
     compile_model(str(model), OPTIONS)
 
 
-class Compilers:
-    """Compilations as processes, forked from one that has imported everything."""
-
-    def __init__(self, model: Path) -> None:
-        self._server = subprocess.Popen([sys.executable, str(SERVER), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self._killed: set[int] = set()
+class Compilers(ForkServer):
+    """Compilations as processes."""
 
     def start(self, home: Path, mode: str = "plain") -> int:
         """The pid of a process that begins to compile."""
-        assert self._server.stdin is not None
-        self._server.stdin.write(f"{home} {mode}\n")
-        pid, word = self._read()
+        self.ask(home, mode)
+        pid, word = self.read()
         assert word == "started"
         return pid
 
     def finish(self, home: Path, mode: str = "plain") -> str:
         """What a compilation says at its end."""
         pid = self.start(home, mode)
-        who, word = self._read()
+        who, word = self.read()
         assert who == pid
         return word
-
-    def kill(self, pid: int) -> None:
-        """kill −9, unless it has finished by then; what it has said is forgotten."""
-        self._killed.add(pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.001)
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
-        self._server.stdout.close()
-
-    def _read(self) -> tuple[int, str]:
-        assert self._server.stdout is not None
-        while line := self._server.stdout.readline():
-            pid, word = line.rstrip("\n").split(" ", 1)
-            if int(pid) not in self._killed:
-                return int(pid), word
-        raise AssertionError("the server died")
 
 
 @pytest.fixture(scope="module")
 def compilers(model: Path) -> Iterator[Compilers]:
-    running = Compilers(model)
+    running = Compilers(SERVER, model)
     yield running
     running.close()
 

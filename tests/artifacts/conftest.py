@@ -1,12 +1,7 @@
 from __future__ import annotations
 
-import os
 import random
 import runpy
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +12,7 @@ from ingot.artifacts.artifact import Artifact, ArtifactWriter
 from ingot.artifacts.store import Store
 
 SCRIPT = Path(__file__).with_name("builder.py")
+ForkServer = runpy.run_path(str(Path(__file__).parents[1] / "fork_server.py"))["ForkServer"]
 
 
 @pytest.fixture(scope="session")
@@ -74,17 +70,16 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.node.nodeid)
 
 
-class Builders:
-    """Processes that build in a store, forked from one that has imported everything."""
+class Builders(ForkServer):
+    """Processes that build in a store."""
 
     def __init__(self) -> None:
-        self._server = subprocess.Popen([sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        super().__init__(SCRIPT)
         self._unread: list[tuple[int, str]] = []
 
     def start(self, store: Store, key: str, mode: str = "plain") -> int:
         """The pid of a process that begins to build `key` in `store`."""
-        assert self._server.stdin is not None
-        self._server.stdin.write(f"{store.home} {key} {mode}\n")
+        self.ask(store.home, key, mode)
         return self.await_word("started")
 
     def await_word(self, word: str, pid: int = 0) -> int:
@@ -94,36 +89,13 @@ class Builders:
                 if said == word and pid in (0, who):
                     del self._unread[i]
                     return who
-            self._read()
+            self._unread.append(self.read())
 
     def words(self, pid: int) -> list[str]:
         """Everything that a process says until its end."""
         while not any(who == pid and said.startswith(("built", "found", "refused")) for who, said in self._unread):
-            self._read()
+            self._unread.append(self.read())
         return [said for who, said in self._unread if who == pid]
-
-    def kill(self, pid: int) -> None:
-        """kill −9; returns when the process is gone. One that has finished by itself is gone already."""
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.001)
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
-        self._server.stdout.close()
-
-    def _read(self) -> None:
-        assert self._server.stdout is not None
-        line = self._server.stdout.readline()
-        assert line, "the builders' server died"
-        who, said = line.rstrip("\n").split(" ", 1)
-        self._unread.append((int(who), said))
 
 
 @pytest.fixture(scope="session")
