@@ -74,7 +74,7 @@ def measure(executor: Executor, variant: Variant, sources: dict[str, Source], co
 
     def graph_of(plan: Variant) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         bound = executor._bind_part(plan, batch.padded, slice(None))
-        return capture(bound, torch.cuda.graph_pool_handle()), bound.results[0]
+        return capture(bound, torch.cuda.graph_pool_handle(), torch.cuda.Stream()), bound.results[0]
 
     before = executor._roots["the tickets"]  # graphs captured at start draw from it
     executor._roots |= tickets([persistent(variant, sources, count)[0]], executor.device)
@@ -115,7 +115,7 @@ def main() -> None:
     artifact = Artifact.open(built.path)
     plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
     sources = {k.name: source_of(artifact, k) for k in artifact.manifest.kernels}
-    executor = Executor(artifact, plans, plan_memory(artifact, max(v.arena_bytes for v in plans.values()), max_model_len=4096, utilization=0.5, num_pages=None))
+    executor = Executor(artifact, plans, plan_memory(artifact, plans.values(), max_model_len=4096, utilization=0.5, num_pages=None))
     with torch.inference_mode():
         points = {n: measure(executor, plans[f"decode_{n}"], sources, args.context) for n in map(int, args.batch.split(","))}
     result = {"model": args.model, "device": torch.cuda.get_device_name(), "context": args.context, "batches": points}
