@@ -16,12 +16,13 @@ from .quantized_product import Product
 
 TILES = Tiles(
     few=(Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(128, 16, 128, 8, 6)),
-    some=(Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5), Tile(256, 64, 128, 8, 4)),
+    some=(Tile(128, 64, 128, 8, 4), Tile(256, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5)),
     many=(Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4)),
     gated_some=(Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 8, 4), Tile(64, 32, 128, 4, 5), Tile(128, 32, 128, 8, 4)),
     gated_many=(Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5)),
 )
-"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`."""
+"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`. Wide tiles read x less often: 64 rows of it are as many bytes as
+256 of a weight in 4 bits."""
 
 
 @triton.jit

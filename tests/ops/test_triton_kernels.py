@@ -491,23 +491,23 @@ def sampling_cases():
     return {"wide": case(5003, 3.0), "equal": case(997, 1.0, 2, 1), "peaked": case(4096, 8.0, 0, 2), "narrow": case(70, 2.0, 1, 3)}
 
 
+def quantized_case(form, activation, rows, n, k, act=None, bias=False, residual=False, norm=None):
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(n, k, generator=generator).bfloat16() * k**-0.5
+    layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
+    parts = {"zero": None, **formats.packed(formats.get(form).quantize(weight), form, layout, 2 if act else 1)}
+    typed = {p: t if t is None else tensor(*t.shape, dtype=t.dtype) for p, t in parts.items()}
+    static = {"input_scale": tensor(1, dtype=F32)} if activation.endswith("static") else {"input_scale": None}
+    width = n // 2 if act else n
+    args = {"x": tensor(T, k), **{p: typed[p] for p in ("weight", "scale", "zero")}, **static, "bias": tensor(n) if bias else None,
+            "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": layout, "activation": activation, "n": n,
+            "norm_weight": tensor(k) if norm else None, "eps": 1e-5 if norm is not None else None, "offset": 1.0 if norm else 0.0}  # fmt: skip
+    values = {p: t for p, t in parts.items() if t is not None} | ({"input_scale": torch.tensor([0.01])} if activation.endswith("static") else {})
+    return Case(args, (tensor(T, width),), {"T": rows}, values)
+
+
 def quantized_linear_cases():
     """Formats, how x is rounded, and epilogues; a case's name says them. K is a multiple of no group."""
-
-    def case(form, activation, rows, n, k, act=None, bias=False, residual=False, norm=None):
-        generator = torch.Generator().manual_seed(5)
-        weight = torch.randn(n, k, generator=generator).bfloat16() * k**-0.5
-        layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
-        parts = {"zero": None, **formats.packed(formats.get(form).quantize(weight), form, layout, 2 if act else 1)}
-        typed = {p: t if t is None else tensor(*t.shape, dtype=t.dtype) for p, t in parts.items()}
-        static = {"input_scale": tensor(1, dtype=F32)} if activation.endswith("static") else {"input_scale": None}
-        width = n // 2 if act else n
-        args = {"x": tensor(T, k), **{p: typed[p] for p in ("weight", "scale", "zero")}, **static, "bias": tensor(n) if bias else None,
-                "residual": tensor(T, n) if residual else None, "act": act, "format": form, "layout": layout, "activation": activation, "n": n,
-                "norm_weight": tensor(k) if norm else None, "eps": 1e-5 if norm is not None else None, "offset": 1.0 if norm else 0.0}  # fmt: skip
-        values = {p: t for p, t in parts.items() if t is not None} | ({"input_scale": torch.tensor([0.01])} if activation.endswith("static") else {})
-        return Case(args, (tensor(T, width),), {"T": rows}, values)
-
     rows = [
         ("fp8_e4m3_channel", "none", 5, 72, 330, {}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 1, 72, 330, {"residual": True}),
@@ -541,7 +541,7 @@ def quantized_linear_cases():
         ("int4_channel", "none", 5, 24, 330, {}),
         ("int4_group64", "none", 5, 24, 1100, {}),
     ]  # fmt: skip
-    return {f"{form}-{activation}-{t}-{'-'.join(extra)}": case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
+    return {f"{form}-{activation}-{t}-{'-'.join(extra)}": quantized_case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
 
 
 def grouped_linear_cases():
@@ -711,26 +711,11 @@ def distinct(candidates):
     return list({tuple((s.text, repr(s.constants | {"THREADS": 0})) for s in (launch.source for launch in c.launches)): c for c in candidates}.values())
 
 
-def test_every_family_has_cases():
-    assert set(CASES) == {op for op, backend in CLAIMS if backend == "triton"}
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "f16", "f32"])
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, cases in CASES.items() for name in cases])
-def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
-    device, target, maker = machine
-    case = CASES[op][name]
-    call = case.call(op, dtype)
-    candidates = [c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, target)]
-    if op in ("quantized_linear", "quantized_moe") and dtype == F32:
-        assert not candidates
-        return
-    assert candidates
-    assert len({c.name for c in candidates}) == len(candidates)
-    if device == "cpu":
-        candidates = distinct(candidates)
+def check(candidates, case, call, dtype, machine, let_go):
+    """Every candidate's results, and the states that it leaves, against the reference."""
+    device, _, maker = machine
     kernel = lambda source: None if source.backend == "torch" else maker.kernel(source)
-    for candidate in candidates if dtype == BF16 else candidates[:1]:
+    for candidate in candidates:
         inputs = rows_apart(candidate, let_go(call, case.inputs(call, device)))
         before = {n: inputs[n].clone() for n in states(call)}
         outputs, run = bind(candidate, call, inputs, case.sizes, [kernel(launch.source) for launch in candidate.launches])
@@ -742,6 +727,51 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
         # what a launch hands to the next one is rounded too
         tolerance = QUANTIZED_TOLERANCE if call.args.get("k_scale") is not None else TOLERANCE[dtype]
         assert error(call, inputs, outputs, before) < tolerance * len(candidate.launches) ** 0.5, candidate.name
+
+
+def test_every_family_has_cases():
+    assert set(CASES) == {op for op, backend in CLAIMS if backend == "triton"}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, cases in CASES.items() for name in cases])
+def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
+    device, target, _ = machine
+    case = CASES[op][name]
+    call = case.call(op, dtype)
+    candidates = [c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, target)]
+    if op in ("quantized_linear", "quantized_moe") and dtype == F32:
+        assert not candidates
+        return
+    assert candidates
+    assert len({c.name for c in candidates}) == len(candidates)
+    if device == "cpu":
+        candidates = distinct(candidates)
+    check(candidates if dtype == BF16 else candidates[:1], case, call, dtype, machine, let_go)
+
+
+def rounding_of(form):
+    """How activations are rounded to the kind of a format's codes; None where no kernel multiplies those."""
+    found = formats.get(form)
+    kind, block = form.split("_")[0], getattr(found, "block", False)
+    if kind == "fp8":
+        return "fp8_e4m3_group128" if block else "fp8_e4m3_token"
+    return None if kind == "int4" or found.zero else "int8_token" if found.group < 0 else f"int8_group{found.group}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 257, 512])
+@pytest.mark.parametrize("form", formats.names())
+def test_every_format_at_every_size(form, rows, machine, let_go):
+    device, target, _ = machine
+    act = "silu" if rows % 2 else None
+    [claim] = CLAIMS["quantized_linear", "triton"]
+    for activation in filter(None, ("none", rounding_of(form))):
+        case = quantized_case(form, activation, rows, 256 if act else 72, 330, act, residual=act is None)
+        call = case.call("quantized_linear", BF16)
+        candidates = claim(call, case.steps, target)
+        assert candidates
+        check(distinct(candidates) if device == "cpu" else candidates, case, call, BF16, machine, let_go)
 
 
 def test_what_experts_make_of_a_row_does_not_depend_on_the_others(interpreter):
