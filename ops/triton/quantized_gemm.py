@@ -95,7 +95,7 @@ class Tiles:
     def of(self, product: Product) -> tuple[Tile, ...]:
         if product.rows <= 16:
             return self.few
-        if product.rows <= 64:
+        if product.rows <= 64 or product.steps.deterministic:  # one tile serves all of those: one that still streams the weight when rows are few
             return self.gated_some if product.act else self.some
         return self.gated_many if product.act else self.many
 
@@ -110,7 +110,9 @@ def tiles(product: Product, wanted: Tiles) -> list[Tile]:
         depth = CHUNK if bits == 4 else group or max(32, min(t.k, power_of_two(product.k)))
         n = min(t.n, max(32, power_of_two(product.width)))
         stage = depth * (pieces * n * bits // 8 + t.m * x_bytes)
-        stages = min(t.stages * max(1, t.k // depth), SHARED_MEMORY_BYTES[product.target.isa] // stage, MAX_STAGES)
+        # without wgmma, widened weights go through shared memory to become the left operand
+        widened = n * depth * x_bytes if product.codes is None and product.target.arch != 90 else 0
+        stages = min(t.stages * max(1, t.k // depth), (SHARED_MEMORY_BYTES[product.target.isa] - widened) // stage, MAX_STAGES)
         if stages >= 2:
             found.append(replace(t, n=n, k=depth, stages=stages))
     found = list(dict.fromkeys(found))
@@ -134,8 +136,8 @@ def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[s
               "PREFETCH": min(split_bytes, PREFETCH_BYTES // t.n) if product.k % (CHUNK * t.split) == 0 and t.m <= 64 else 0, **constants}  # fmt: skip
     shared = {"partial": Operand(scratch=len(scratch)), "tickets": Operand(scratch=len(scratch) + 1)} if t.split > 1 else {}
     if shared:
-        tiles = -(-product.rows // t.m) * -(-width // t.n)
-        scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split), width)), Tickets(torch.int32, (tiles,)))
+        count = -(-product.rows // t.m) * -(-width // t.n)
+        scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split), width)), Tickets(torch.int32, (count,)))
     else:
         blocks |= {"partial": None, "tickets": None}
     operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **shared, "num_rows": Operand(size=tokens)}

@@ -161,6 +161,20 @@ def test_quantized_weights_compile(isa):
     compile_sources([s for c in wanted for s in sources(c, DECODE, target, 1)], target, 2)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(("isa", "form", "activation"), [
+    ("sm_86", "int4_group128", "none"),
+    ("sm_89", "fp8_e4m3_block128", "none"),
+    ("sm_89", "fp8_e4m3_channel", "fp8_e4m3_token"),
+    ("sm_90", "int4_group64_zero", "none"),
+])  # fmt: skip
+def test_quantized_products_fit_in_shared_memory(isa, form, activation):
+    """All that is offered compiles also where memory is small, and where widened weights go through it."""
+    target = Target("cuda", isa, "")
+    wanted = [quantized(form, activation, T, n, 4096, act) for n, act in ((4096, None), (28672, "silu"))]
+    compile_sources([s for c in wanted for steps in (Steps(64, 64, 1, 64, True), PREFILL) for s in sources(c, steps, target, 100)], target, 2)
+
+
 def test_float8_is_declined_where_no_instruction_converts_it():
     weights = [quantized("fp8_e4m3_channel", "none", T, 64, 64)]
     assert not [c for call in weights for claim in CLAIMS[call.op, "triton"] for c in claim(call, DECODE, Target("cuda", "sm_86", ""))]
