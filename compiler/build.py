@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store, check_output
 from ingot.models import oracle, source
 from ingot.models.checkpoint import Checkpoint
-from ingot.models.frontend import architecture, entry_point, trace
+from ingot.models.frontend import architecture, entry_point, shortened, trace
 from ingot.models.quantization import method_of
 from ingot.ops import OPS, Graph
+from ingot.ops.cuda import make_context
 from ingot.ops.errors import IngotError
 from ingot.ops.garbage import uncollected
 from ingot.ops.target import Target, here, resolve
@@ -43,7 +45,7 @@ from .pipeline import count, lower
 from .plan import plan
 from .quantization import Request, choose_as, choose_online, dequantized, expert_formats, layers, num_elements, quantize_weights, with_activations
 from .sampling import sampling_programs
-from .select import Program, select
+from .select import Program, select, wanted_sources
 from .tuning import Table, table_for
 from .variants import VariantSpec, embed_variants, page_size, variants
 from .weights import bind, described, pack
@@ -206,11 +208,14 @@ class Job:
 
         dump = settings().dump
         done("prepare")
-        scratch = Path(tempfile.mkdtemp(prefix="calibrated-", dir=writer.folder))  # what a kill leaves there, gc removes
-        graph, counts = self.lowered(progress, done, scratch)
-        with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder:  # what a kill leaves there, gc removes
-            emitted = Emitter(self.target, store, Path(folder), lambda n, of: progress("compile kernels", n / max(of, 1)))
+        scratch = Path(tempfile.mkdtemp(prefix="calibrated-", dir=writer.folder))  # what a kill leaves in the writer's folder, gc removes
+        compiled = lambda n, of: progress("compile kernels", n / max(of, 1))
+        with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder, Emitter(self.target, store, Path(folder), compiled) as emitted:
             device = None if self.defer_gate else device_for(self.target)
+            self.warm_up(device)
+            self.begin_kernels(emitted, device)
+            done("foresee")
+            graph, counts = self.lowered(progress, done, scratch)
             programs = self.programs(graph)
             done("outline")
             selection = select([p for _, p in programs], self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)),
@@ -269,16 +274,39 @@ class Job:
             embedding=self._embedding(graph),
         )
 
+    def warm_up(self, device: torch.device | None) -> None:
+        """Have compilers imported and the GPU's context made: neither needs what the trace finds out."""
+        if self.target.kind == "cuda":
+            triton.warm_up()
+        else:
+            tvm.warm_up(min(2, settings().num_threads))
+        if device is not None and device.type == "cuda":
+            threading.Thread(target=make_context, daemon=True).start()
+
+    def begin_kernels(self, emitted: Emitter, device: torch.device | None) -> None:
+        """Begin to compile the kernels of a model with two such layers while the whole is traced: they are the same, or else are compiled later."""
+        if (short := shortened(self.source.config)) is None or method_of(self.source.config) is not None or self.request.method != "none":
+            return
+        try:
+            graph, _ = lower(self.traced(short), self.target)
+        except Exception:  # whatever modeling code makes of two layers: what is wrong with the whole, its own trace tells
+            return
+        emitted.begin(wanted_sources([p for _, p in self.programs(graph)], self.target, device, self.table, measure=self.measure))
+
+    def traced(self, config: Any) -> Graph:
+        """The graph of the source's config, or of one that is a little different."""
+        method, kv_cache = method_of(config), self.options.kv_cache_dtype
+        return trace(config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),
+                     kv_calibrated=method is not None and method.kv_cache == kv_cache)  # fmt: skip
+
     def lowered(self, progress: Progress, done: Callable[[str], None], scratch: Path | None = None) -> tuple[Graph, dict[str, int]]:
         """The model's graph after all passes, and the number of calls after each. `done` is told when a stage ends.
 
         Weights are calibrated when there is a folder for what is found; the graph's calls are the same without.
         """
-        (triton if self.target.kind == "cuda" else tvm).warm_up()
         progress("trace", 0.0)
-        method, kv_cache = method_of(self.source.config), self.options.kv_cache_dtype
-        traced = trace(self.source.config, dtype=self.dtype, kv_dtype=KV_DTYPES[kv_cache], page_size=page_size(self.target),
-                       kv_calibrated=method is not None and method.kv_cache == kv_cache)  # fmt: skip
+        method = method_of(self.source.config)
+        traced = self.traced(self.source.config)
         if self.request.method != "none":
             traced = quantize_weights(traced, choose_online(self.request, self.target), expert_formats(self.target))
         elif self.checkpoint is None and method is not None:

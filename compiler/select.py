@@ -78,8 +78,23 @@ def select(programs: Iterable[Program], target: Target, emit: Emit, device: torc
     and none of the claimants agrees with the reference.
     """
     load_families(target)
-    selector = _Selector(target, emit, device, table, device is not None and (measure or device.type == "cuda"))
+    selector = _Selector(target, emit, device, table, _measures(device, measure))
     return selector.run(programs, progress, done)
+
+
+def wanted_sources(programs: Iterable[Program], target: Target, device: torch.device | None, table: Table, *, measure: bool = False) -> list[Source]:
+    """What `select` would have compiled at first, with the same arguments."""
+    load_families(target)
+    selector = _Selector(target, lambda sources: {}, device, table, _measures(device, measure))
+    return _sources(c for program in programs for w in selector.all_wanted(program) for c in w.tried)
+
+
+def _measures(device: torch.device | None, measure: bool) -> bool:
+    return device is not None and (measure or device.type == "cuda")
+
+
+def _sources(found: Iterable[Candidate]) -> list[Source]:
+    return list({launch.source: None for c in found for launch in c.launches if launch.source.backend != "torch"})
 
 
 @dataclass
@@ -113,7 +128,7 @@ class _Selector:
         self.trials: gate.Trials | None = None  # of the call that is gated now
 
     def run(self, programs: Iterable[Program], progress: Callable[[int, int], None], done: Callable[[str], None]) -> Selection:
-        wanted = [w for program in programs for w in self._all_wanted(program)]
+        wanted = [w for program in programs for w in self.all_wanted(program)]
         for w in wanted:
             for c in w.tried:
                 self.uses.setdefault(_use(w, c), []).append(w.steps)
@@ -130,7 +145,8 @@ class _Selector:
         done("gate")
         return self.selection
 
-    def _all_wanted(self, program: Program) -> Iterator[_Wanted]:
+    def all_wanted(self, program: Program) -> Iterator[_Wanted]:
+        """Every call in every variant, each once."""
         unique = {repr(call): call for call in program.calls}
         for spec in program.specs:
             for name, call in unique.items():
@@ -146,8 +162,7 @@ class _Selector:
         return found if self.measures else found[:1], f"first of {len(found)} by rank"
 
     def _emit(self, wanted: Iterable[Candidate]) -> None:
-        sources = {launch.source: None for c in wanted for launch in c.launches if launch.source.backend != "torch"}
-        self.emitted |= self.emit([s for s in sources if s not in self.emitted])
+        self.emitted |= self.emit([s for s in _sources(wanted) if s not in self.emitted])
 
     def _choose(self, w: _Wanted) -> Choice:
         call = w.call

@@ -122,8 +122,8 @@ def _compile(module: fx.GraphModule, args: Sequence[Any]) -> _Program:
         traced = canonicalize(from_function(fn, inputs, weights=weights))
     graph, _ = lower(traced, target)
     loaded: dict[str, Loaded | None] = {}
-    with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
-        emitter = Emitter(target, Store(settings().home), Path(folder), lambda done, of: None)
+    store = Store(settings().home)
+    with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(target, store, Path(folder), lambda done, of: None) as emitter:
 
         def emit(sources: Any) -> Any:
             emitted = emitter(sources)

@@ -37,9 +37,10 @@ def tune(models: Sequence[str], options: CompileOptions, output: Path | None, pr
         device = device_for(job.target)
         if device is None or not job.target.device:
             raise TuningError(f"{job.target} is not here to measure on: run `ingot tune` on a machine that has it")
+        job.warm_up(device)
         graph, _ = job.lowered(lambda stage, done, model=model: progress(f"{model}: {stage}", done), lambda stage: None)  # type: ignore[misc]
-        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder:
-            emitter = Emitter(job.target, Store(settings().home), Path(folder), _stage(progress, f"{model}: compile kernels"))
+        compiled = _stage(progress, f"{model}: compile kernels")
+        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(job.target, Store(settings().home), Path(folder), compiled) as emitter:
             stage = _stage(progress, f"{model}: measure")
             selection = select([p for _, p in job.programs(graph)], job.target, emitter, device, stage, job.table, measure=True)
         entries |= selection.tuned

@@ -40,7 +40,7 @@ from .swaps.rotary_embedding import RotaryEmbedding
 from .swaps.state_space import StateSpace
 from .unbatch import unbatch
 
-__all__ = ["TraceError", "architecture", "build", "entry_point", "run_model", "trace"]
+__all__ = ["TraceError", "architecture", "build", "entry_point", "run_model", "shortened", "trace"]
 
 Run = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """(model, ids [1, T], positions [1, T]) → the result of a packed batch [1, T, …]."""
@@ -89,6 +89,20 @@ def build(config: transformers.PreTrainedConfig, dtype: torch.dtype, device: str
             if tensor.is_floating_point() and kept & set(name.split(".")):
                 tensor.data = tensor.data.float()
     return model
+
+
+def shortened(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig | None:
+    """`config` with two layers, whose calls are those of the whole; None where layers are known to differ, or are few."""
+    text = config.get_text_config(decoder=True)
+    count, kinds = getattr(text, "num_hidden_layers", None) or 0, getattr(text, "layer_types", None)
+    if count <= 4 or len(set(kinds or ())) > 1:
+        return None
+    short = copy.deepcopy(config)
+    text = short.get_text_config(decoder=True)
+    text.num_hidden_layers = 2
+    if kinds:
+        text.layer_types = kinds[:2]
+    return short
 
 
 @uncollected()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.files import writing
@@ -23,7 +26,7 @@ _HEADER = "# kernel: "
 class Emitter:
     """Compiles what `select` asks for; afterwards `files(name)` gives a kernel's binary and source text.
 
-    `folder` holds the binaries while they are loaded; `progress` gets (done, of).
+    `folder` holds the binaries while they are loaded; `progress` gets (done, of). A context: what was begun ends with it.
     """
 
     def __init__(self, target: Target, store: Store, folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -32,19 +35,28 @@ class Emitter:
         self.runs_here = target.runs_on(here(target.kind))
         self._binaries: dict[str, bytes] = {}
         self._texts: dict[str, str] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._begun is not None and not self._begun.done():
+            (triton if self.target.kind == "cuda" else tvm).stop()
+            wait([self._begun], timeout=0.1)  # it may not have taken its compilers yet
+        self._thread.shutdown()
+
+    def begin(self, sources: Iterable[Source]) -> None:
+        """Compile these meanwhile; the next call waits for them. What does not compile is told by a call that needs it."""
+        self._begun = self._thread.submit(self._compile, self._missing(self._named(sources)), lambda done, of: None)
 
     def __call__(self, sources: Iterable[Source]) -> dict[Source, tuple[Kernel, Loaded | None]]:
-        kernel_name = triton.kernel_name if self.target.kind == "cuda" else tvm.kernel_name
-        named = {source: kernel_name(source, self.target) for source in sources}
-        missing: dict[str, Source] = {}
-        for source, name in named.items():
-            cached = self.store.kernel(name)
-            if cached is None:
-                missing[name] = source
-            else:
-                self._binaries[name], self._texts[name] = cached
+        if self._begun is not None:
+            wait([self._begun])
+        named = self._named(sources)
         with writing(self.folder):
-            self._compile(missing)
+            self._compile(self._missing(named), self.progress)
         kernels: dict[str, tuple[Kernel, Loaded | None]] = {}
         for source, name in named.items():
             if name not in kernels:
@@ -55,12 +67,27 @@ class Emitter:
         """A kernel's binary and the text that it was compiled from."""
         return self._binaries[name], self._texts[name]
 
-    def _compile(self, missing: dict[str, Source]) -> None:
+    def _named(self, sources: Iterable[Source]) -> dict[Source, str]:
+        kernel_name = triton.kernel_name if self.target.kind == "cuda" else tvm.kernel_name
+        return {source: kernel_name(source, self.target) for source in sources}
+
+    def _missing(self, named: dict[Source, str]) -> dict[str, Source]:
+        """Those that have to be compiled; the others are taken from the store."""
+        missing: dict[str, Source] = {}
+        for source, name in named.items():
+            cached = self.store.kernel(name)
+            if cached is None:
+                missing[name] = source
+            else:
+                self._binaries[name], self._texts[name] = cached
+        return missing
+
+    def _compile(self, missing: dict[str, Source], progress: Callable[[int, int], None]) -> None:
         self.compiled += len(missing)
         jobs = settings().num_threads
         launches: dict[str, dict[str, object]] = {}
         if self.target.kind == "cuda" and missing:
-            for c in triton.compile_sources(list(missing.values()), self.target, jobs, self.progress):
+            for c in triton.compile_sources(list(missing.values()), self.target, jobs, progress):
                 self._binaries[c.name] = c.binary
                 launches[c.name] = {"symbol": c.symbol, "num_warps": c.num_warps, "shared_bytes": c.shared_bytes, "launch_pdl": c.launch_pdl}
         elif missing:

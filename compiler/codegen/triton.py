@@ -107,8 +107,8 @@ def compile_sources(sources: Sequence[Source], target: Target, jobs: int, progre
 
 
 _workers = Workers("-m", f"{__package__}.triton_worker")
-warm_up = _workers.warm_up
-"""Have the compiling process import Triton while there is other work."""
+warm_up, stop = _workers.warm_up, _workers.stop
+"""Have the compiling process import Triton while there is other work; end it while it is at work in another thread."""
 
 
 def _module(source: Source, name: str, folder: Path) -> ModuleType:

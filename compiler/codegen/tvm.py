@@ -96,5 +96,5 @@ def _compile(worker: Worker, waiting: Iterator[tuple[Path, Source]], target: str
 
 
 _workers = Workers(str(_WORKER))
-warm_up = _workers.warm_up
-"""Have a worker import TVM while there is other work."""
+warm_up, stop = _workers.warm_up, _workers.stop
+"""Have workers import TVM while there is other work; end those that are at work in another thread."""

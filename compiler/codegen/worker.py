@@ -54,6 +54,10 @@ class Worker:
         self.close()
         raise WorkerDied(f"killed by signal {-code}" if code < 0 else f"exit status {code}", message)
 
+    def end(self) -> None:
+        """End it; who waits for its answer is told."""
+        self._process.terminate()
+
     def close(self) -> None:
         """End it, wherever it is: what it writes appears whole or not at all."""
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -66,11 +70,12 @@ class Worker:
 
 
 class Workers:
-    """The workers of one program that are idle in this process."""
+    """The workers of one program that this process has."""
 
     def __init__(self, *arguments: str) -> None:
         self._arguments = arguments
         self._idle: list[Worker] = []
+        self._busy: list[Worker] = []
         self._parents: list[Worker] = []
         os.register_at_fork(after_in_child=self._leave_to_parent)
         atexit.register(self._close)
@@ -80,21 +85,31 @@ class Workers:
         while self._idle:
             worker = self._idle.pop()
             if worker.alive:
-                return worker
+                break
             worker.close()
-        return Worker(self._arguments)
+        else:
+            worker = Worker(self._arguments)
+        self._busy.append(worker)
+        return worker
 
     def give_back(self, worker: Worker) -> None:
+        self._busy.remove(worker)
         self._idle.append(worker)
 
-    def warm_up(self) -> None:
-        """See to it that one is importing, or has."""
-        self.give_back(self.take())
+    def stop(self) -> None:
+        """End those that are at work in another thread, which is told that they died."""
+        for worker in self._busy:
+            worker.end()
+
+    def warm_up(self, count: int = 1) -> None:
+        """See to it that so many are importing, or have."""
+        for worker in [self.take() for _ in range(count)]:
+            self.give_back(worker)
 
     def _leave_to_parent(self) -> None:
         """In a process that was forked: workers talk to the one that started them."""
-        self._parents += self._idle
-        self._idle = []
+        self._parents += [*self._idle, *self._busy]
+        self._idle, self._busy = [], []
 
     def _close(self) -> None:
         while self._idle:

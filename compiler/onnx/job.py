@@ -19,6 +19,7 @@ from ingot.ops import Graph
 from ingot.ops.target import resolve
 
 from ..build import CompileError, CompileOptions, Job, Progress
+from ..codegen.emit import Emitter
 from ..inputs import inputs_of
 from ..pipeline import lower
 from ..quantization import Request
@@ -55,6 +56,9 @@ class OnnxJob(Job):
         inputs = replace(inputs, short=inputs.short | {"embedding": str(sentence_transformers.read(found.folder))})
         return cls(found, target, resolved, torch.float32, "embed", min(longest, tokens), encoder.file, inputs, options.defer_gate, table,  # type: ignore[arg-type]
                    options.tune, Request(), None, encoder)  # fmt: skip
+
+    def begin_kernels(self, emitted: Emitter, device: torch.device | None) -> None:
+        """Nothing is known before the file is traced."""
 
     def lowered(self, progress: Progress, done: Callable[[str], None], scratch: Path | None = None) -> tuple[Graph, dict[str, int]]:
         progress("trace", 0.0)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -54,6 +55,16 @@ def test_a_failure_is_told_once_and_the_next_one_is_new(workers: Workers) -> Non
     with pytest.raises(WorkerDied) as died:
         worker.receive()
     assert (died.value.how, died.value.message) == ("exit status 1", "it failed")
+    assert ask(workers, "a")[1] == "a"
+
+
+def test_one_at_work_in_another_thread_can_be_stopped(workers: Workers) -> None:
+    worker = workers.take()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(worker.receive)  # it was asked nothing, and would wait for ever
+        workers.stop()
+        with pytest.raises(WorkerDied, match="killed by signal 15"):
+            answer.result(30)
     assert ask(workers, "a")[1] == "a"
 
 
