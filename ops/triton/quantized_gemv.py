@@ -22,6 +22,9 @@ SIXTEEN = 0x41800000
 TILES = ((8, 4096, 8), (16, 4096, 8), (8, 4096, 4), (8, 2048, 4))
 """Rows of the weight, columns, warps: best first. More rows share what it costs to make the row of x ready, fewer make more programs."""
 
+AHEAD = 96 << 10
+"""Bytes of the weight that a program asks for behind its first blocks: as many programs as are there at once ask for half of L2."""
+
 
 @triton.jit
 def nibble(words, sixteen, Q: tl.constexpr):
@@ -228,7 +231,7 @@ def gemvs(product: Product) -> list[Candidate]:
         blocks = product.constants() | {
             "EPS": call.args["eps"], "OFFSET": call.args["offset"], "BLOCK_N": block_n, "BLOCK_K": block_k,
             "ROUND": KINDS.get(product.codes), "LARGEST": LARGEST.get(product.codes), "THREADS": 32 * warps,
-            "PREFETCH": min(rest, 4096) if rest % 16 == 0 and row_bytes % 16 == 0 else 0,
+            "PREFETCH": min(rest, AHEAD // (block_n * (2 if product.act else 1))) if rest % 16 == 0 and row_bytes % 16 == 0 else 0,
         }  # fmt: skip
         one = launch(call, functions, operands | sixteen, absent | blocks, ((product.width, block_n),), num_warps=warps)
         found.append(Candidate(f"gemv_n{block_n}_k{block_k}_w{warps}", (one,), rank=rank / 10))
