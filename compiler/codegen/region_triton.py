@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ingot.ops.dims import evaluate
 from ingot.ops.kernel import Call, Candidate, Launch, Operand, Source, Steps
 from ingot.ops.triton.source import TYPES, power_of_two
@@ -23,8 +25,8 @@ _REDUCE = {"sum": "tl.sum", "mean": "tl.sum", "max": "tl.max", "min": "tl.min"}
 _NEUTRAL = {"sum": "0.0", "mean": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 
 
-def candidates(program: Program, call: Call, steps: Steps) -> list[Candidate]:
-    """Launches of the program's kernel with four warps and with eight."""
+def candidates(program: Program, call: Call, steps: Steps, apart: Collection[str] = ()) -> list[Candidate]:
+    """Launches of the program's kernel with four warps and with eight. `apart`: arguments whose rows may lie apart."""
     width, reduces = program.width, program.levels > 0
     if reduces and width > MAX_REDUCED_WIDTH:
         raise UnclaimedError(f"rows of {width} columns do not fit in registers")
@@ -34,8 +36,11 @@ def candidates(program: Program, call: Call, steps: Steps) -> list[Candidate]:
     loads = dict.fromkeys(v.source for v in program.loads)
     signature = {name: "*" + TYPES[call.args[name].dtype] for name in loads}
     signature |= {f"out{i}": "*" + TYPES[t.dtype] for i, t in enumerate(program.results)} | {"num_rows": "i32"}
-    operands = [Operand(arg=n) for n in loads] + [Operand(out=i) for i in range(len(program.results))] + [Operand(size=program.rows)]
-    text = _text(program, list(signature))
+    operands = [Operand(arg=n, rows=n in apart) for n in loads] + [Operand(out=i) for i in range(len(program.results))] + [Operand(size=program.rows)]
+    wide = [n for n in loads if n in apart]
+    signature |= {f"{n}_pitch": "i32" for n in wide}
+    operands += [Operand(pitch=n) for n in wide]
+    text = _text(program, list(signature), wide)
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n}
     grid = ((program.rows, block_m), (width, block_n))
     found = []
@@ -45,7 +50,7 @@ def candidates(program: Program, call: Call, steps: Steps) -> list[Candidate]:
     return found
 
 
-def _text(program: Program, parameters: list[str]) -> str:
+def _text(program: Program, parameters: list[str], apart: Collection[str]) -> str:
     names: dict[Value, str] = {}
     lines = [
         "if PDL:",
@@ -56,7 +61,7 @@ def _text(program: Program, parameters: list[str]) -> str:
     ]
     for value in program.values:
         names[value] = f"v{len(names)}"
-        lines.append(f"{names[value]} = {_expression(program, value, names)}")
+        lines.append(f"{names[value]} = {_expression(program, value, names, apart)}")
     for i, (output, result) in enumerate(zip(program.outputs, program.results, strict=True)):
         by_column = result.shape == program.shape
         address = f"row * {program.width} + col" if by_column else "row"
@@ -72,10 +77,10 @@ def _mask(program: Program, rows: bool, cols: bool) -> str:
     return " & ".join(parts) or "None"
 
 
-def _expression(program: Program, value: Value, names: dict[Value, str]) -> str:
+def _expression(program: Program, value: Value, names: dict[Value, str], apart: Collection[str]) -> str:
     if value.op == "load":
         assert value.tensor is not None
-        pointer = " + ".join([value.source, *_offsets(program, value)])
+        pointer = " + ".join([value.source, *_offsets(program, value, apart)])
         mask = _mask(program, value.rows, value.cols)
         other = "" if mask == "None" else f", mask={mask}, other=0.0"
         return f"tl.load({pointer}{other}).to(tl.float32)"
@@ -89,14 +94,18 @@ def _expression(program: Program, value: Value, names: dict[Value, str]) -> str:
     return f"{reduced} / {program.width}.0" if value.op == "mean" else reduced
 
 
-def _offsets(program: Program, value: Value) -> list[str]:
+def _offsets(program: Program, value: Value, apart: Collection[str]) -> list[str]:
     """What is added to a load's pointer: an index times its stride, per dim."""
     assert value.tensor is not None
     shape = value.tensor.shape
-    offsets, stride = [], 1
+    offsets: list[str] = []
+    stride: int | str = 1
     for size, index in reversed(list(zip(shape, program.index(shape, "row", "col"), strict=True))):
+        if not isinstance(size, int) and value.source in apart:
+            piece = 16 // value.tensor.dtype.itemsize  # where rows are pieces of 16 bytes, so is how far they are apart
+            stride = f"({value.source}_pitch // {piece} * {piece})" if stride % piece == 0 else f"{value.source}_pitch"  # type: ignore[operator]
         if index != "0":
             offsets.append(f"({index}) * {stride}" if stride != 1 else f"({index})" if "%" in index or "/" in index else index)
         if isinstance(size, int):
-            stride *= size  # a symbolic size is the outermost: nothing is beyond it
+            stride *= size  # type: ignore[operator]  # a symbolic size is the outermost: nothing is beyond it
     return offsets[::-1]

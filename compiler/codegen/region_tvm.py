@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from textwrap import indent
 
 from ingot.ops.dims import Dim
 from ingot.ops.kernel import Call, Candidate, Launch, Operand, Source, Steps
 from ingot.ops.target import Target
-from ingot.ops.tvm.vector import DTYPES, Vectors
+from ingot.ops.tvm.vector import DTYPES, Vectors, row_element
 
 from .region_program import Program, Value, is_reduction
 
@@ -21,17 +22,17 @@ _FUNCTIONS = frozenset(("exp", "sigmoid", "tanh", "erf", "relu"))  # of `ops.tvm
 _START = {"sum": 0.0, "mean": 0.0, "max": -float("inf"), "min": -float("inf")}
 
 
-def candidates(program: Program, call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    """The program's one kernel."""
+def candidates(program: Program, call: Call, steps: Steps, target: Target, apart: Collection[str] = ()) -> list[Candidate]:
+    """The program's one kernel. `apart`: arguments whose rows may lie apart."""
     loads = list(dict.fromkeys(v.source for v in program.loads))
-    operands = [Operand(arg=n) for n in loads] + [Operand(out=i) for i in range(len(program.results))]
-    text = _Script(program, call, steps, Vectors(target), loads).text()
+    operands = [Operand(arg=n, rows=n in apart) for n in loads] + [Operand(out=i) for i in range(len(program.results))]
+    text = _Script(program, call, steps, Vectors(target), loads, apart).text()
     return [Candidate("region", (Launch(Source("region", "tvm", "region", text), tuple(operands)),))]
 
 
 class _Script:
-    def __init__(self, program: Program, call: Call, steps: Steps, vectors: Vectors, loads: list[str]) -> None:
-        self.program, self.v, self.loads, self.call = program, vectors, loads, call
+    def __init__(self, program: Program, call: Call, steps: Steps, vectors: Vectors, loads: list[str], apart: Collection[str]) -> None:
+        self.program, self.v, self.loads, self.call, self.apart = program, vectors, loads, call, apart
         self.parallel = "T.parallel" if steps.bound(program.rows) * program.width >= _PARALLEL else "T.serial"
         self.names = {value: f"v{i}" for i, value in enumerate(program.values)}
         self.passes = 0
@@ -44,7 +45,7 @@ class _Script:
         rows = " * ".join(str(d) for d in self._shape(program.shape[:-1]) if d != 1) or "1"
         tiles = 1 if program.levels else -(-program.width // _TILE)
         body = self._tiled(rows, tiles) if tiles > 1 else self._by_row(rows)
-        return self.v.script("region", buffers, body)
+        return self.v.script("region", buffers, body, apart=[n for n in self.loads if n in self.apart])
 
     def _shape(self, shape: tuple[Dim, ...]) -> tuple[int | str, ...]:
         return tuple(d if isinstance(d, int) else self.sizes.setdefault(str(sorted(d.items())), f"size{len(self.sizes)}") for d in shape)
@@ -146,7 +147,8 @@ class _Script:
         """A vector; booleans are 1 and 0, which LLVM sees through."""
         if value.op == "load":
             assert value.tensor is not None
-            dtype, element = DTYPES[value.tensor.dtype], f"{value.source}[{', '.join(self.program.index(value.tensor.shape, 'row', col)) or '()'}]"
+            indices, dtype = self.program.index(value.tensor.shape, "row", col), DTYPES[value.tensor.dtype]
+            element = row_element(value.source, value.tensor, indices) if value.source in self.apart else f"{value.source}[{', '.join(indices) or '()'}]"
             return self.v.load(dtype, element, count) if value.cols else self.v.splat(self.v.load_one(dtype, element))
         args = [self._name(a) for a in value.args]
         one, zero = self._constant(1.0), self._constant(0.0)

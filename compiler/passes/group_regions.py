@@ -12,7 +12,7 @@ from ingot.ops.graph import VIEW_OPS, Region
 from ingot.ops.target import Target
 
 from ..call import region_call
-from ..codegen.region import claimed
+from ..codegen.region import apart, claimed
 from ..from_function import from_function
 
 
@@ -112,7 +112,10 @@ class _Grouping:
         returned = tuple(copies[o] for o in outputs)
         inner.output(returned[0] if len(returned) == 1 else returned)
         types = [(v.dtype, self.graph.shape(i)) if isinstance(v := i.meta["val"], torch.Tensor) else str(v) for i in inputs]
-        return Region(f"region_{hashlib.sha256(f'{inner}{types}'.encode()).hexdigest()[:8]}", inner), inputs, outputs
+        content = f"{inner}{types}"
+        if wide := apart(Region("", inner)):
+            content += f"{sorted(wide)}"
+        return Region(f"region_{hashlib.sha256(content.encode()).hexdigest()[:8]}", inner), inputs, outputs
 
 
 _COPIES = frozenset({torch.ops.aten.clone, torch.ops.aten.contiguous})

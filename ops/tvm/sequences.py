@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from textwrap import dedent, indent
 
 import torch
 
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor
-from .vector import DTYPES, Buffer, Vectors
+from .vector import DTYPES, Buffer, Vectors, row_element
 
 
 def recurrent(call: Call, state: str | None = None) -> bool:
@@ -68,10 +67,8 @@ def candidate(v: Vectors, call: Call, state: str, body: str, apart: Collection[s
 
 
 def row(call: Call, name: str, *indices: str) -> str:
-    """An element of an argument whose rows may lie apart. TVM ignores strides: the element is found along the last dim."""
-    buffer, inner = _NAMES.get(name, name), call.args[name].shape[1:]
-    terms = [f"({index}) * {math.prod(inner[i + 1 :])}" for i, index in enumerate(indices[1:])]
-    return f"{buffer}[{'0, ' * len(inner)}{' + '.join([f'{indices[0]} * {buffer}_stride0', *terms])}]"
+    """An element of an argument whose rows may lie apart."""
+    return row_element(_NAMES.get(name, name), call.args[name], indices)
 
 
 _NAMES = {"k": "keys"}  # k is what loops over vectors count

@@ -174,5 +174,12 @@ def row_index(tensor: Tensor, row: str) -> tuple[str, str]:
     return f"{row} // {heads}, {row} % {heads}", f"size * {heads}"
 
 
+def row_element(buffer: str, tensor: Tensor, indices: Sequence[str]) -> str:
+    """An element of a buffer that `script` is told is `apart`. TVM ignores strides: the element is found along the last dim."""
+    inner = numbers(tensor.shape[1:])
+    terms = [f"({indices[0]}) * {buffer}_stride0", *(f"({index}) * {math.prod(inner[i + 1 :])}" for i, index in enumerate(indices[1:]))]
+    return f"{buffer}[{'0, ' * len(inner)}{' + '.join(terms)}]"
+
+
 def _address(ref: str) -> str:
     return f"T.address_of({ref})"

@@ -1,6 +1,7 @@
 """Regions: which ops are claimed, that both kernels of one compute what the region says, and how a graph is divided into them."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -73,7 +74,20 @@ CASES: dict[str, tuple[Callable[..., list[torch.Tensor]], Specs]] = {
     "fixed_rows": (lambda x, c: [x * c], {"x": (F32, (3, 33)), "c": (F32, (33,))}),
     "vector": (lambda x, c: [x / c], {"x": (F32, (33,)), "c": (F32, (33,))}),
     "one_column": (lambda x, c: [x * c], {"x": (F32, ("T", 1)), "c": (F32, ("T", 1))}),
+    "columns": (lambda x_columns, y, z_columns: [F.silu(x_columns) * y, z_columns + y],
+                {"x_columns": (BF16, ("T", 3, 32)), "y": (F32, ("T", 1, 32)), "z_columns": (F32, ("T", 3, 32))}),
+    "odd_columns": (lambda x_columns: [x_columns.softmax(-1)], {"x_columns": (F32, ("T", 21))}),
 }  # fmt: skip
+"""Arguments whose names end in `_columns` are a part of something wider."""
+
+
+def columns(wide: torch.Tensor, shape: Any) -> torch.Tensor:
+    """A view of this shape of `wide`, as `wide_shape` has it."""
+    return wide[:, 8:-8].unflatten(1, shape[1:])
+
+
+def wide_shape(shape: Any) -> tuple[Any, int]:
+    return shape[0], math.prod(shape[1:]) + 16
 
 
 def graph_of(fn: Callable[..., list[torch.Tensor]], specs: Specs) -> Graph:
@@ -83,6 +97,11 @@ def graph_of(fn: Callable[..., list[torch.Tensor]], specs: Specs) -> Graph:
 def region_of(fn: Callable[..., list[torch.Tensor]], specs: Specs) -> tuple[Region, Call]:
     """All of `fn` as one region."""
     graph = graph_of(fn, specs)
+    for name, placeholder in graph.placeholders.items():
+        if name.endswith("_columns"):
+            value = placeholder.meta["val"]
+            with graph.fake_mode:
+                placeholder.meta["val"] = columns(value.new_empty(wide_shape(value.shape)), value.shape)
     results = graph.fx.output_node().args[0]
     region = Region("region", graph.fx)
     args = {n: Tensor(p.meta["val"].dtype, graph.shape(p)) for n, p in graph.placeholders.items()}
@@ -98,6 +117,9 @@ def check(name: str, candidate: Candidate, kernel: Any, tokens: int) -> None:
     region, call = region_of(*CASES[name])
     generator = torch.Generator().manual_seed(tokens)
     inputs = {n: torch.randn([evaluate(d, {"T": tokens}) for d in t.shape], generator=generator).to(t.dtype) for n, t in call.args.items()}
+    for n, x in inputs.items():
+        if n.endswith("_columns"):
+            inputs[n] = columns(torch.full(wide_shape(x.shape), float("nan"), dtype=x.dtype), x.shape).copy_(x)
     outputs, run = bind(candidate, call, inputs, {"T": tokens}, [kernel])
     run()
     expected = region(*(x.double() for x in inputs.values()))
@@ -119,6 +141,11 @@ def test_cpu_kernel(name: str, shared_objects: dict[str, Path]) -> None:
         check(name, candidate, kernel, tokens)
 
 
+def elements(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's elements in memory's order, those between rows that lie apart too."""
+    return tensor.as_strided((1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)),), (1,))
+
+
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any, list[Any], tuple[int, ...]], None]]:
     """Runs a Triton source on CPU tensors, in a process with Triton's interpreter."""
@@ -138,17 +165,18 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
             places, end = {}, 0
             for name, arg in named.items():
                 if isinstance(arg, torch.Tensor):
-                    places[name] = memory[end : end + arg.nbytes]
-                    places[name].copy_(arg.flatten().view(torch.uint8))
-                    named[name] = {"begin": end, "end": end + arg.nbytes, "dtype": str(arg.dtype).removeprefix("torch.")}
-                    end += -(-arg.nbytes // 256) * 256
+                    flat = elements(arg)
+                    places[name] = memory[end : end + flat.nbytes]
+                    places[name].copy_(flat.view(torch.uint8))
+                    named[name] = {"begin": end, "end": end + flat.nbytes, "dtype": str(arg.dtype).removeprefix("torch.")}
+                    end += -(-flat.nbytes // 256) * 256
             job = {"path": str(path), "symbol": source.symbol, "constants": source.constants | {"PDL": False}, "args": named, "grid": grid}
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             assert json.loads(process.stdout.readline()) == ""
             for arg, (name, place) in zip([a for a in args if isinstance(a, torch.Tensor)], places.items(), strict=True):
                 assert name in source.signature
-                arg.copy_(place.view(arg.dtype).view(arg.shape))
+                elements(arg).copy_(place.view(arg.dtype))
 
         yield run
         process.stdin.close()
@@ -162,6 +190,12 @@ def test_gpu_kernel(name: str, interpreter: Callable[[Any, list[Any], tuple[int,
 
     candidate = claim(*CASES[name], SM_90)[0]
     check(name, candidate, Interpreted(), 7)
+
+
+@pytest.mark.parametrize("target", [AVX2, SM_90], ids=lambda t: t.kind)
+def test_columns_of_something_wider_are_read_where_they_are(target: Target) -> None:
+    operands = [o for launch in claim(*CASES["columns"], target)[0].launches for o in launch.operands]
+    assert {o.arg for o in operands if o.rows} == {"x_columns", "z_columns"}
 
 
 def test_gpu_kernel_compiles_without_a_gpu() -> None:
