@@ -124,6 +124,8 @@ def parse(region: Region, call: Call) -> Program:
     if not all(isinstance(f, torch.Tensor) and f.dtype in FLOATS for f in fakes):
         raise UnclaimedError("an argument is not a tensor of floats")
     with fakes[0].fake_mode:
+        # equal values may share a fake tensor, which tracing would take for one argument
+        fakes = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype) for f in fakes]
         graph = make_fx(region, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*fakes).graph
     symbols = {str(s): d for f, n in zip(fakes, nodes, strict=True) for s, d in zip(f.shape, call.args[n.name].shape, strict=True)}
     graph.eliminate_dead_code()

@@ -16,6 +16,7 @@ from ingot.artifacts.gate import bind, relative
 from ingot.artifacts.launch_tvm import load
 from ingot.artifacts.plan import Kernel
 from ingot.compiler.codegen.region import candidates
+from ingot.compiler.codegen.region_program import Value, parse
 from ingot.compiler.codegen.triton import compile_source
 from ingot.compiler.codegen.tvm import compile_sources
 from ingot.compiler.from_function import from_function
@@ -190,6 +191,13 @@ def test_gpu_kernel(name: str, interpreter: Callable[[Any, list[Any], tuple[int,
 
     candidate = claim(*CASES[name], SM_90)[0]
     check(name, candidate, Interpreted(), 7)
+
+
+def test_arguments_that_share_a_fake_tensor_are_two() -> None:
+    region, call = region_of(lambda x, y: [x - y], {"x": (F32, ("T", 8)), "y": (F32, ("T", 8))})
+    x, y = (n for n in region.module.graph.nodes if n.op == "placeholder")
+    y.meta["val"] = x.meta["val"]
+    assert [a.source for a in parse(region, call).outputs[0].args if isinstance(a, Value)] == ["x", "y"]
 
 
 @pytest.mark.parametrize("target", [AVX2, SM_90], ids=lambda t: t.kind)
