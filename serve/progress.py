@@ -1,14 +1,16 @@
-"""Progress on stderr: a bar on a terminal, a line a stage elsewhere. Standard output is for results."""
+"""Progress on stderr: a bar on a terminal, a line a stage elsewhere. Standard output is for results, and for where the seconds went."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 
 class StageBar:
@@ -39,3 +41,13 @@ class StageBar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def print_seconds(stages: Mapping[str, float], notes: Mapping[str, str] | None = None) -> None:
+    """A table of the seconds that each stage took and their share; `notes` say more of some. What rounds to nothing is left out."""
+    total = sum(stages.values())
+    table = Table("stage", "seconds", "share", "", box=None, pad_edge=False)
+    for stage, seconds in stages.items():
+        if seconds >= 0.005:
+            table.add_row(stage, f"{seconds:.2f}", f"{seconds / total:.0%}", (notes or {}).get(stage, ""))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)

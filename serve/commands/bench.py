@@ -74,13 +74,16 @@ def startup(
 ) -> None:
     """Seconds from the start of a process to its first token, and what they were spent on."""
     from ..bench import startup
-    from ..progress import StageBar
+    from ..progress import StageBar, print_seconds
     from ..resolve import resolve
 
     artifact = resolve(name, flags)
     with StageBar("bench startup") as bar:
         result = startup.run(artifact, repeats, server, bar.update)
+    stages = {} if as_json else result.pop("stages")
     _show(result, as_json)
+    if stages:
+        print_seconds(stages)
 
 
 @app.command()

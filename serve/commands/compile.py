@@ -26,7 +26,7 @@ def compile_command(
     from ingot.ops.garbage import uncollected
 
     from ..process import age
-    from ..progress import StageBar
+    from ..progress import StageBar, print_seconds
 
     with uncollected():
         from ingot.compiler.build import CompileOptions, compile_model
@@ -41,7 +41,7 @@ def compile_command(
         print(f"{'found' if built.hit else 'compiled'} in {age():.1f} s: {built.path}")
         if not built.hit:
             spent = {"imports": imported} | {stage: s for stage, s in report["seconds"].items() if stage != "total"}
-            longest = sorted(spent.items(), key=lambda stage: -stage[1])
-            print(f"seconds: {', '.join(f'{stage} {s:.1f}' for stage, s in longest if s >= 0.05)}")
+            packing = {"weights": f"packed at {report['weights_gb_per_s']:.1f} GB/s"} if report["weights_gb_per_s"] >= 0.05 else {}
+            print_seconds(dict(sorted(spent.items(), key=lambda stage: -stage[1])), packing)
         if missing := notice(Artifact.open(built.path)):
             print(f"ingot: {missing}", file=sys.stderr)

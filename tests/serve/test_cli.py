@@ -93,6 +93,20 @@ def test_an_error_is_one_message_and_exit_code_1(ingot: Run, artifact: Path, tmp
         assert done.stdout == ""
 
 
+def test_where_a_start_spends_its_seconds_is_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, artifact: Path) -> None:
+    from ingot.serve.bench import startup
+    from ingot.serve.cli import app
+
+    measured = {"seconds": {"ready": 2.0}, "stages": {"python": 0.5, "import torch": 1.5, "load kernels": 0.001}, "weights_gb_per_s": 0.25}
+    monkeypatch.setattr(startup, "run", lambda *args: dict(measured))
+    app(["bench", "startup", str(artifact)], standalone_mode=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["python", "0.50", "25%"] in lines and ["import", "torch", "1.50", "75%"] in lines
+    assert ["weights_gb_per_s:", "0.250"] in lines and not any("kernels" in line for line in lines)
+    app(["bench", "startup", str(artifact), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == measured
+
+
 def test_a_taken_port_is_told(ingot: Run, artifact: Path) -> None:
     import socket
 
