@@ -33,24 +33,26 @@ def latent_write(latent: torch.Tensor, rope: torch.Tensor | None, latent_cache: 
     latent_cache[slots // page_size, 0, slots % page_size] = whole[rows].to(latent_cache.dtype)
 
 
-@op("latent_rope_write(Tensor q, Tensor kv, Tensor cos, Tensor sin, Tensor weight, Tensor latent_cache, Tensor slot_mapping, int q_begin, int kv_begin, "
-    "int num_heads, int nope, str style, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-    fake=lambda q, kv, cos, sin, weight, latent_cache, slots, q_begin, kv_begin, num_heads, nope, *rest: (
+@op("latent_rope_write(Tensor q, Tensor kv, Tensor cos, Tensor sin, Tensor weight, Tensor latent_cache, Tensor slot_mapping, int[] straight, "
+    "int[] turned, int kv_begin, int num_heads, int nope, str style, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    fake=lambda q, kv, cos, sin, weight, latent_cache, slots, straight, turned, kv_begin, num_heads, nope, *rest: (
         q.new_empty(q.shape[0], num_heads, nope), q.new_empty(q.shape[0], num_heads, latent_cache.shape[3] - weight.shape[0])),
     states=("latent_cache",), host_sync=True)  # fmt: skip
 def latent_rope_write(q: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, latent_cache: torch.Tensor,
-                      slot_mapping: torch.Tensor, q_begin: int, kv_begin: int, num_heads: int, nope: int, style: str, eps: float,
-                      offset: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Heads [H, N + R] at column `q_begin` of q → the first N (`nope`) of each [T, H, N], and the others rotated [T, H, R].
+                      slot_mapping: torch.Tensor, straight: list[int], turned: list[int], kv_begin: int, num_heads: int, nope: int, style: str,
+                      eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Two parts of the queries' heads, columns of q: N (`nope`) as they are → [T, H, N], and R rotated → [T, H, R].
 
+    `straight` and `turned` say where the part of the first head begins and how far the next head's is.
     At column `kv_begin` of kv stand a latent [L], RMS-normalized with `weight` [L], and a key [R], rotated: they go to their slots. `style` as in `rope`.
     """
     size = weight.shape[0]
     r = latent_cache.shape[3] - size
-    heads = q[:, q_begin : q_begin + num_heads * (nope + r)].unflatten(1, (num_heads, nope + r))
+    first, last = (q[:, b + s * torch.arange(num_heads, device=q.device)[:, None] + torch.arange(n, device=q.device)]
+                   for (b, s), n in ((straight, nope), (turned, r)))  # fmt: skip
     latent, key = kv[:, kv_begin : kv_begin + size + r].split([size, r], 1)
     latent_write(rms_norm(latent, weight, eps, offset), rope(key[:, None], cos, sin, style)[:, 0], latent_cache, slot_mapping)
-    return heads[..., :nope].contiguous(), rope(heads[..., nope:], cos, sin, style)
+    return first, rope(last, cos, sin, style)
 
 
 @op("mla_attention(Tensor q_latent, Tensor q_rope, Tensor latent_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor page_table, "

@@ -6,7 +6,6 @@ What is left of the queries, their unrotated part, goes on to `head_linear` as r
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +14,7 @@ from ingot.ops import Graph, InputSpec, StateSpec
 from ingot.ops.target import Target
 
 from ..from_function import from_function
-from .match import argument, aten, calls, column_slice, drop_unused, ingot, through_reshapes
+from .match import argument, aten, calls, column_slice, drop_unused, ingot, last_dim, through_reshapes
 
 
 def fuse_latent_write(graph: Graph, target: Target) -> Graph:
@@ -28,55 +27,53 @@ def fuse_latent_write(graph: Graph, target: Target) -> Graph:
 
 def _fuse(graph: Graph, attention: fx.Node, write: fx.Node) -> None:
     latent, key, cache, slots = write.args
-    turned, turned_key = attention.args[1], through_reshapes(key)
-    if not (calls(latent, ingot.rms_norm.default) and calls(turned, ingot.rope.default) and calls(turned_key, ingot.rope.default)):
+    q_latent, turned, turned_key = attention.args[0], attention.args[1], through_reshapes(key)
+    made = calls(latent, ingot.rms_norm.default) and calls(q_latent, ingot.head_linear.default)
+    if not made or not (calls(turned, ingot.rope.default) and calls(turned_key, ingot.rope.default)):
         return
     weight, size, r = argument(latent, "weight"), latent.meta["val"].shape[1], key.meta["val"].shape[1]
-    cos, sin, style = turned.args[1:]
+    straight, (cos, sin, style) = q_latent.args[0], turned.args[1:]
     rotated = cos.meta["val"].shape[1] * (2 if style.endswith("_half") else 1)
     kv, kv_begin, kv_end = column_slice(latent.args[0])
     key_kv, key_begin, key_end = column_slice(turned_key.args[0])
     together = kv is key_kv and (kv_end, key_end) == (key_begin, kv_begin + size + r) and kv_end - kv_begin == size
     if weight is None or turned_key.args[1:] != turned.args[1:] or rotated != r or not together:
         return
-    parts = _parts(turned.args[0])
-    if parts is None:
-        return
-    heads, nope = parts
-    q, q_begin, q_end = column_slice(heads)
+    parts = [_heads(straight), _heads(turned.args[0])]
     order = {n: i for i, n in enumerate(graph.fx.nodes)}
     # queries move down to the write; a reader before it would see them too early
-    if q_end == q_begin or any(order[u] < order[write] for n in (nope, turned) for u in n.users):
+    if None in parts or parts[0][0] is not parts[1][0] or any(order[u] < order[write] for n in (straight, turned) for u in n.users):  # type: ignore[index]
         return
-    num_heads, width = heads.meta["val"].shape[1:]
+    num_heads, nope = straight.meta["val"].shape[1:]
+    (q, *first), (_, *last) = parts  # type: ignore[misc]
     with graph.fx.inserting_before(write):
-        fused = graph.call(ingot.latent_rope_write.default, q, kv, cos, sin, weight, cache, slots, q_begin, kv_begin, num_heads, width - r, style,
+        fused = graph.call(ingot.latent_rope_write.default, q, kv, cos, sin, weight, cache, slots, first, last, kv_begin, num_heads, nope, style,
                            argument(latent, "eps"), argument(latent, "offset"))  # fmt: skip
         results = [graph.getitem(fused, i) for i in range(3)]
-    for before, after in zip((nope, turned, write), results, strict=True):
+    for before, after in zip((straight, turned, write), results, strict=True):
         before.replace_all_uses_with(after)
     for node in (write, turned):
         graph.fx.erase_node(node)
 
 
-def _parts(rotated: Any) -> tuple[fx.Node, fx.Node] | None:
-    """The heads [T, H, N + R] whose last R elements `rotated` holds, and the node of the first N; None if it is no such part."""
-    if not calls(rotated, operator.getitem) or rotated.args[1] != 1:
+def _heads(part: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """Where `part` [T, H, E] of heads lies: a base [T, N], the column of the first head's and how far the next head's is; None if it is no such part."""
+    width = part.meta["val"].shape[2]
+    base, begin, end = column_slice(part)
+    if end > begin:
+        return base, begin, width
+    if not calls(part, operator.getitem) or not calls(split := part.args[0], aten.split_with_sizes.default, aten.split.sizes) or not last_dim(split):
         return None
-    split = rotated.args[0]
-    if not calls(split, aten.split_with_sizes.default, aten.split.sizes) or len(split.args[1]) != 2 or split.args[0].meta["val"].dim() != 3:
-        return None
-    nope = next((u for u in split.users if calls(u, operator.getitem) and u.args[1] == 0), None)
-    return None if nope is None or argument(split, "dim") not in (2, -1) else (split.args[0], nope)
+    base, begin, end = column_slice(split.args[0])
+    return (base, begin + sum(split.args[1][: part.args[1]]), split.args[0].meta["val"].shape[2]) if end > begin else None
 
 
 def example() -> Graph:
-    """One site where queries are a projection of their own, one where they lie beside the latent."""
+    """One site whose queries are a projection of their own, head by head, one where they lie beside the latent, part by part."""
     heads, nope, r, size = 3, 8, 8, 16
 
-    def site(q: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: list[torch.Tensor], cache: torch.Tensor, norm: torch.Tensor,
-             up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        first, last = q.reshape(-1, heads, nope + r).split([nope, r], -1)
+    def site(first: torch.Tensor, last: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: list[torch.Tensor],
+             cache: torch.Tensor, norm: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         latent, key = kv.split([size, r], -1)
         turned, key = ingot.rope(last, cos, sin, "dsv3"), ingot.rope(key.reshape(-1, 1, r), cos, sin, "dsv3").reshape(-1, r)
         cache = ingot.latent_write(ingot.rms_norm(latent, norm, 1e-6), key, cache, batch[0])
@@ -86,9 +83,10 @@ def example() -> Graph:
            seq_lens: torch.Tensor, page_table_full: torch.Tensor, latent_cache_0: torch.Tensor, latent_cache_1: torch.Tensor, norm: torch.Tensor,
            up: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
         batch = [slot_mapping_full, cu_seqlens_q, seq_lens, page_table_full]
-        beside, kv = both.split([heads * (nope + r), size + r], -1)
-        y0, cache_0 = site(q, kv, cos, sin, batch, latent_cache_0, norm, up)
-        y1, cache_1 = site(beside, kv * 2, cos, sin, batch, latent_cache_1, norm, up)
+        first, last, kv = both.split([heads * nope, heads * r, size + r], -1)
+        by_head = q.reshape(-1, heads, nope + r).split([nope, r], -1)
+        y0, cache_0 = site(by_head[0], by_head[1], kv, cos, sin, batch, latent_cache_0, norm, up)
+        y1, cache_1 = site(first.reshape(-1, heads, nope), last.reshape(-1, heads, r), kv * 2, cos, sin, batch, latent_cache_1, norm, up)
         return [y0, y1], [cache_0, cache_1]
 
     f32, i32 = torch.float32, torch.int32

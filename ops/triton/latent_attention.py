@@ -218,9 +218,10 @@ def latent_write_kernel(latent, rope, latent_cache, slot_mapping, L: tl.constexp
 
 @triton.jit
 def latent_rope_write_kernel(q, kv, cos, sin, weight, latent_cache, slot_mapping, straight, turned, Q: tl.constexpr, Q_BEGIN: tl.constexpr,
-                             KV: tl.constexpr, KV_BEGIN: tl.constexpr, H: tl.constexpr, NOPE: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-                             TABLE: tl.constexpr, STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
-                             BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                             Q_STEP: tl.constexpr, R_BEGIN: tl.constexpr, R_STEP: tl.constexpr, KV: tl.constexpr, KV_BEGIN: tl.constexpr,
+                             H: tl.constexpr, NOPE: tl.constexpr, L: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr, STYLE: tl.constexpr,
+                             HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+                             BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows of q and kv have Q and KV elements. The first program of a token takes its latent and key, the others some heads of its queries each."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -244,13 +245,14 @@ def latent_rope_write_kernel(q, kv, cos, sin, weight, latent_cache, slot_mapping
             tl.store(to + L + j, (x * co + y * si).to(latent_cache.dtype.element_ty), mask=j < R)
     else:
         head = (tl.program_id(1) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-        at = q + token * Q + Q_BEGIN + head * (NOPE + R)
+        at = q + token * Q + Q_BEGIN + head * Q_STEP
         n = tl.arange(0, BLOCK_N)[None, :]
         inside = (head < H) & (n < NOPE)
         tl.store(straight + (token * H + head) * NOPE + n, tl.load(at + n, mask=inside), mask=inside)
         inside = (head < H) & (j < R)[None, :]
-        x = tl.load(at + NOPE + own[None, :], mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(at + NOPE + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = q + token * Q + R_BEGIN + head * R_STEP
+        x = tl.load(at + own[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(at + partner[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(turned + (token * H + head) * R + j[None, :], (x * co[None, :] + y * si[None, :]).to(turned.dtype.element_ty), mask=inside)
 
 
@@ -505,9 +507,11 @@ def latent_rope_write(call: Call, steps: Steps, target: Target) -> list[Candidat
     (tokens, heads, nope), width, r = call.results[0].shape, args["weight"].shape[0], call.results[1].shape[2]
     operands = {n: Operand(arg=n) for n in ("q", "kv", "cos", "sin", "weight", "latent_cache", "slot_mapping")}
     operands |= {"straight": Operand(out=0), "turned": Operand(out=1)}
-    constants = {"Q": args["q"].shape[1], "Q_BEGIN": args["q_begin"], "KV": args["kv"].shape[1], "KV_BEGIN": args["kv_begin"], "H": heads, "NOPE": nope,
-                 "L": width, "R": r, "EPS": args["eps"], "OFFSET": args["offset"], "BLOCK_N": power_of_two(nope), "BLOCK_L": power_of_two(width),
-                 "BLOCK_R": power_of_two(r)} | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
+    (q_begin, q_step), (r_begin, r_step) = args["straight"], args["turned"]
+    constants = {"Q": args["q"].shape[1], "Q_BEGIN": q_begin, "Q_STEP": q_step, "R_BEGIN": r_begin, "R_STEP": r_step, "KV": args["kv"].shape[1],
+                 "KV_BEGIN": args["kv_begin"], "H": heads, "NOPE": nope, "L": width, "R": r, "EPS": args["eps"], "OFFSET": args["offset"],
+                 "BLOCK_N": power_of_two(nope), "BLOCK_L": power_of_two(width), "BLOCK_R": power_of_two(r)}  # fmt: skip
+    constants |= style_constants(args["style"], args["cos"].shape[-1])
     found: dict[str, Candidate] = {}
     for rank, size in enumerate((1024, 4096) if steps.max_tokens <= 64 else (4096, 1024)):  # few tokens need many small programs
         block_h = min(power_of_two(heads), max(1, size // power_of_two(nope + r)))

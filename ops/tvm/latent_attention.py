@@ -155,7 +155,8 @@ def latent_rope_write(call: Call, steps: Steps, target: Target) -> list[Candidat
     types = {n: DTYPES[args[n].dtype] for n in names}
     (heads, nope), (r,), (size,) = numbers(call.results[0].shape[1:]), numbers(call.results[1].shape[2:]), numbers(args["weight"].shape)
     rotate = Rotation.of(v, args["style"], args["cos"])
-    query, latent = f"q[t, {args['q_begin']} + head * {nope + r} + ", f"kv[t, {args['kv_begin']} + "
+    first, last = (f"q[t, {begin} + head * {step} + " for begin, step in (args["straight"], args["turned"]))
+    latent = f"kv[t, {args['kv_begin']} + "
     offset = f" + {v.splat(args['offset'])}" if args["offset"] else ""
 
     def square(k: str, count: str | None) -> list[str]:
@@ -169,13 +170,13 @@ def latent_rope_write(call: Call, steps: Steps, target: Target) -> list[Candidat
         return rotate(lambda k, n: v.load(dtype, f"{source}{k}]", n), lambda k, value, n: v.store(to_dtype, f"{to}{k}]", value, n), r, depth)
 
     def straight(k: str, count: str | None) -> list[str]:
-        return [v.store(types["q"], f"straight[t, head, {k}]", v.load(types["q"], f"{query}{k}]", count), count)]
+        return [v.store(types["q"], f"straight[t, head, {k}]", v.load(types["q"], f"{first}{k}]", count), count)]
 
     body = f"""
 for t in {parallel(steps, args["q"])}(tokens):
     for head in T.serial({heads}):
 {v.over(nope, straight, 2)}
-{turned(f"{query}{nope} + ", types["q"], "turned[t, head, ", types["q"], 2)}
+{turned(last, types["q"], "turned[t, head, ", types["q"], 2)}
     if slot_mapping[t] >= 0:
         page: T.let = T.cast(slot_mapping[t] // {page_size}, "int64")
         row: T.let = slot_mapping[t] % {page_size}

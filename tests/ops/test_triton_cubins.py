@@ -122,8 +122,8 @@ def latent_calls(h, topk=None):
     found = [
         Call("latent_write", {"latent": Tensor(BF16, (T, 512)), "rope": Tensor(BF16, (T, 64)), **cache, "slot_mapping": Tensor(I32, (T,))}, ()),
         Call("latent_rope_write", {"q": Tensor(BF16, (T, h * 192)), "kv": Tensor(BF16, (T, 2112)), "cos": table, "sin": table, "weight": Tensor(BF16, (512,)),
-                                   **cache, "slot_mapping": Tensor(I32, (T,)), "q_begin": 0, "kv_begin": 1536, "num_heads": h, "nope": 128,
-                                   "style": "dsv3", "eps": 1e-6, "offset": 0.0}, (q, Tensor(BF16, (T, h, 64)))),
+                                   **cache, "slot_mapping": Tensor(I32, (T,)), "straight": [0, 128], "turned": [128 * h, 64],
+                                   "kv_begin": 1536, "num_heads": h, "nope": 128, "style": "dsv3", "eps": 1e-6, "offset": 0.0}, (q, Tensor(BF16, (T, h, 64)))),
         Call("head_linear", {"x": q, "weight": Tensor(BF16, (h, 512, 128))}, (latent,)),
         Call("head_linear", {"x": latent, "weight": Tensor(BF16, (h, 128, 512))}, (q,)),
         Call("mla_attention", {"q_latent": latent, "q_rope": Tensor(BF16, (T, h, 64)), **cache, **batch, "indices": Tensor(I32, (T, topk)) if topk else None,

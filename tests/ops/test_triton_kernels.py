@@ -344,7 +344,8 @@ def latent_rope_write_cases():
         width, table = h * (nope + r), tensor(T, r // 2 if style.endswith("_half") else r, dtype=F32)
         q, kv = (tensor(T, width), tensor(T, 24 + size + r)) if apart else [tensor(T, 8 + width + size + r)] * 2
         args = {"q": q, "kv": kv, "cos": table, "sin": table, "weight": tensor(size), "latent_cache": tensor(N, 1, page_size, size + r),
-                "slot_mapping": tensor(T, dtype=I32), "q_begin": 0 if apart else 8, "kv_begin": 24 if apart else 8 + width, "num_heads": h, "nope": nope,
+                "slot_mapping": tensor(T, dtype=I32), "straight": [0, nope + r] if apart else [8, nope],
+                "turned": [nope, nope + r] if apart else [8 + h * nope, r], "kv_begin": 24 if apart else 8 + width, "num_heads": h, "nope": nope,
                 "style": style, "eps": 1e-6, "offset": offset}  # fmt: skip
         return Case(args, (tensor(T, h, nope), tensor(T, h, r)), batch.sizes, batch.values, page_size=page_size)
 

@@ -226,14 +226,10 @@ def _latents() -> None:
     for dtype, style, h, nope, r, size in ((BF16, "dsv3", 5, 24, 16, 40), (F32, "gptj_half", 4, 16, 8, 64), (F16, "neox", 3, 75, 24, 32)):
         table, width = rows(F32, r // 2 if style.endswith("_half") else r), h * (nope + r)
         args = {"q": rows(dtype, width + 3), "kv": rows(dtype, 8 + size + r), "cos": table, "sin": table, "weight": weight(dtype, size)}
-        args |= {"latent_cache": Tensor(dtype, (PAGES, 1, 16, size + r)), "slot_mapping": rows(I32), "q_begin": 3, "kv_begin": 8, "num_heads": h, "nope": nope}
-        case(
-            "latent_rope_write",
-            PREFILL,
-            args | {"style": style, "eps": 1e-6, "offset": 1.0 if style == "neox" else 0.0},
-            rows(dtype, h, nope),
-            rows(dtype, h, r),
-        )
+        args |= {"latent_cache": Tensor(dtype, (PAGES, 1, 16, size + r)), "slot_mapping": rows(I32)}
+        apart = {"straight": [0, nope], "turned": [h * nope, r]} if style == "neox" else {"straight": [3, nope + r], "turned": [3 + nope, nope + r]}
+        args |= {**apart, "kv_begin": 8, "num_heads": h, "nope": nope, "style": style, "eps": 1e-6, "offset": 1.0 if style == "neox" else 0.0}
+        case("latent_rope_write", PREFILL, args, rows(dtype, h, nope), rows(dtype, h, r))
     shapes: tuple[tuple[Steps, torch.dtype, int, int, int, int, int, dict[str, Any]], ...] = (
         (PREFILL, BF16, 16, 64, 32, 16, 0, {}),
         (PREFILL, F32, 5, 24, 8, 20, 0, {"window": 9, "sinks": True}),
