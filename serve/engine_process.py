@@ -42,10 +42,10 @@ def serve(engine: Engine, clients: Clients) -> None:
             deltas, now = engine.step(), time.monotonic()
             everybody = not engine.has_work or now - told > STATS_SECONDS
             told = now if everybody else told
-            _tell(engine, clients, deltas, everybody)
+            tell(engine, clients, deltas, everybody)
 
 
-def _tell(engine: Engine, clients: Clients, deltas: list[Delta], everybody: bool) -> None:
+def tell(engine: Engine, clients: Clients, deltas: list[Delta], everybody: bool) -> None:
     """To each client the deltas of its requests, and how busy the engine is; with `everybody` also to those who have none."""
     owners = clients.owners
     shares: defaultdict[Connection, list[Delta]] = defaultdict(list, {client: [] for client in clients.everybody()} if everybody else {})

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -88,6 +89,21 @@ def test_a_picture_says_so_when_vllm_ran_elsewhere(results: Path, tmp_path: Path
     script("plot.py", results, "-o", tmp_path / "decode.svg")
     svg = (tmp_path / "decode.svg").read_text()
     assert all(f">{label}<" in svg for label in ("Ingot, on H100", "floor of the H100", "vLLM, on H200", "floor of the H200"))
+
+
+def test_http_is_measured_without_a_model(tmp_path: Path) -> None:
+    """The real engine and server; the executor takes its time and computes nothing."""
+    out = tmp_path / "http.json"
+    sizes = ["--streams=6", "--tokens=20", "--prompt-tokens=5", "--rounds=1", "--clients=1", "--api-workers=1"]
+    command = [sys.executable, str(BENCHMARKS / "http_streams.py"), "--null-step-ms=5", *sizes, "-o", str(out)]
+    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    result = json.loads(out.read_text())
+    assert result["model"].startswith("none")
+    assert 0 < result["generate_tokens_per_second"] < 6 / 0.005
+    (http,) = result["http"]
+    assert 0 < http["tokens_per_second"] < 6 / 0.005
+    assert http["cpu_us_per_token"].keys() == http["cpu_us_per_request"].keys() == {"engine", "api", "clients"}
+    assert all(us > 0 for us in http["cpu_us_per_request"].values())
 
 
 def test_vllms_figures_name_their_source() -> None:
