@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +17,20 @@ ACTIVATIONS = {
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
 }
+
+
+def swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """GPT-OSS's: both sides limited to 7, a steeper sigmoid, and 1 added to up."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1.0) * gate * torch.sigmoid(1.702 * gate)
+
+
+def _gate(act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda gate, up: act(gate) * up
+
+
+GATES = {**{name: _gate(act) for name, act in ACTIVATIONS.items()}, "swiglu_oai": swiglu_oai}
+"""What gated experts make of gate and up: act(gate) · up, or a formula of their own."""
 
 
 @op("glu(Tensor gate_up, str act) -> Tensor",

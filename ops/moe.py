@@ -6,7 +6,7 @@ import torch
 
 from . import formats
 from .dialect import op
-from .glu import ACTIVATIONS
+from .glu import ACTIVATIONS, GATES
 
 
 @op("route(Tensor logits, int k, bool softmax, bool renormalize, float scale, ScalarType dtype) -> (Tensor, Tensor)",
@@ -45,7 +45,7 @@ def moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor,
         w_out: torch.Tensor, b_out: torch.Tensor | None, act: str, gated: bool, transposed: bool, interleaved: bool) -> torch.Tensor:  # fmt: skip
     """Σ_a expert_weights[t, a] · expert_{expert_ids[t, a]}(x[t]) → [T, D] for x [T, D], ids and weights [T, A].
 
-    An expert is w_out · (act(gate) · up) with w_in [X, 2I, D] = gate | up (pairs side by side if `interleaved`), or
+    An expert is w_out · GATES[act](gate, up), which is act(gate) · up for most, with w_in [X, 2I, D] = gate | up (pairs side by side if `interleaved`), or
     w_out · act(w_in x) with w_in [X, I, D] if not `gated`; w_out [X, D, I]. `transposed`: the last two dims swapped.
     """
     tokens, active = expert_ids.shape
@@ -53,7 +53,7 @@ def moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor,
     h = grouped_linear(x.repeat_interleave(active, 0), w_in, b_in, ids, transposed)
     if gated:
         gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
-        h = ACTIVATIONS[act](gate) * up
+        h = GATES[act](gate, up)
     else:
         h = ACTIVATIONS[act](h)
     h = grouped_linear(h, w_out, b_out, ids, transposed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ingot.ops.glu import ACTIVATIONS
+from ingot.ops.glu import ACTIVATIONS, GATES
 
 from . import Patch, Swap, close
 from .context import Context, TraceError
@@ -68,13 +68,10 @@ def activation_name(function: Callable[[torch.Tensor], torch.Tensor]) -> str | N
 
 
 def _activation(module: Any) -> str | None:
-    """Name of the activation with which the module's gate is a plain gated linear unit, or None."""
+    """Name of what the module's gate does with both halves (of its activation, where there is no gate), or None."""
     if not module.has_gate:
         return activation_name(module.act_fn)
-    h = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) * 3
+    h = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) * 6  # beyond what gates limit
     expected = module._apply_gate(h)
     gate, up = h.chunk(2, -1) if module.is_concatenated else (h[..., ::2], h[..., 1::2])
-    for name, function in ACTIVATIONS.items():
-        if close(function(gate) * up, expected):
-            return name
-    return None
+    return next((name for name, function in GATES.items() if close(function(gate, up), expected)), None)

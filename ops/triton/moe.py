@@ -89,6 +89,17 @@ def multiply(acc, h, w, scale_row, begin, GROUP: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
+def gated(h, u, ACT: tl.constexpr):
+    """`ops.glu.GATES`, of float32 blocks."""
+    if ACT == "swiglu_oai":
+        h = tl.where(h > 7.0, 7.0, h)  # NaN stays NaN
+        u = tl.where(u > 7.0, 7.0, tl.where(u < -7.0, -7.0, u))
+        return (u + 1.0) * h / (1.0 + tl.exp(-1.702 * h))
+    else:
+        return activate(h, ACT) * u
+
+
+@triton.jit
 def grouped_gemm_kernel(x, order, experts, weight, w_scale, bias, scale, out, num_pairs, depth, X: tl.constexpr, SHARED: tl.constexpr, N: tl.constexpr,
                         K: tl.constexpr, WIDTH: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
                         GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -153,10 +164,10 @@ def grouped_gemm_kernel(x, order, experts, weight, w_scale, bias, scale, out, nu
         acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)[None, :]
         if UP > 0:
             up += tl.load(at + UP, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if ACT is not None:
-        acc = activate(acc, ACT)
     if UP > 0:
-        acc *= up
+        acc = gated(acc, up, ACT)
+    elif ACT is not None:
+        acc = activate(acc, ACT)
     if scale is not None:
         acc *= tl.load(scale + pair, mask=pair < num_pairs, other=0.0).to(tl.float32)[:, None]
     to = pair.to(tl.int64)[:, None] * N + n[None, :]
@@ -211,10 +222,10 @@ def grouped_gemv_kernel(x, ids, weight, w_scale, bias, scale, out, X: tl.constex
             if UP > 0:
                 added_up += tl.load(at + UP, mask=n < N, other=0.0).to(tl.float32) * factor
     y = tl.sum(acc, 1) + added
-    if ACT is not None:
-        y = activate(y, ACT)
     if UP > 0:
-        y *= tl.sum(up, 1) + added_up
+        y = gated(y, tl.sum(up, 1) + added_up, ACT)
+    elif ACT is not None:
+        y = activate(y, ACT)
     tl.store(out + row.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -294,7 +305,7 @@ class _Product:
         constants = self.constants | {"SUM": summed, "BLOCK_N": n, "BLOCK_K": k}
         grid = ((rows, 1), (self.n, n))
         return launch(
-            self.call, [grouped_gemv_kernel, activate, tanh], _in_order(grouped_gemv_kernel, operands), constants, grid, scratch=scratch, num_warps=warps
+            self.call, [grouped_gemv_kernel, gated, activate, tanh], _in_order(grouped_gemv_kernel, operands), constants, grid, scratch=scratch, num_warps=warps
         )
 
     def gemm(self, tile: Tile, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
@@ -309,7 +320,7 @@ class _Product:
         constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8, "PRECISION": precision}
         operands = _in_order(grouped_gemm_kernel, self.operands | sorted_pairs | {"out": out})
         grid = ((slots, tile.m), (self.n, tile.n))
-        return launch(self.call, [grouped_gemm_kernel, multiply, activate, tanh], operands, constants, grid, scratch=scratch, num_warps=tile.warps,
+        return launch(self.call, [grouped_gemm_kernel, multiply, gated, activate, tanh], operands, constants, grid, scratch=scratch, num_warps=tile.warps,
                       num_stages=tile.stages)  # fmt: skip
 
 

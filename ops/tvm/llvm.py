@@ -325,6 +325,18 @@ def _define_elementary(define: Callable[[str, str, str, str], None], n: int) -> 
         %s = call {f} @sigmoid({f} %x)
         %y = fmul {f} %x, %s
         ret {f} %y""")  # fmt: skip
+    define(f, "swiglu_oai", f"{f} %x, {f} %u", f"""
+        %large = fcmp ogt {f} %x, {constant(7.0)}
+        %g = select <{n} x i1> %large, {f} {constant(7.0)}, {f} %x
+        %above = fcmp ogt {f} %u, {constant(7.0)}
+        %m = select <{n} x i1> %above, {f} {constant(7.0)}, {f} %u
+        %below = fcmp olt {f} %m, {constant(-7.0)}
+        %l = select <{n} x i1> %below, {f} {constant(-7.0)}, {f} %m
+        %t = fmul {f} %g, {constant(1.702)}
+        %s = call {f} @sigmoid({f} %t)
+        %h = fmul {f} %g, %s
+        %y = call {f} @llvm.fma.v{n}f32({f} %h, {f} %l, {f} %h)
+        ret {f} %y""")  # fmt: skip
     define(f, "gelu", f"{f} %x", f"""
         %t = fmul {f} %x, {constant(0.5**0.5)}
         %e = call {f} @erf({f} %t)

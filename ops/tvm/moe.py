@@ -13,6 +13,7 @@ from textwrap import indent
 import torch
 
 from ..dims import Dim, product
+from ..glu import ACTIVATIONS
 from ..kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor, claims
 from ..target import Target
 from .linear import COLUMNS, GROUP, MAX_ROWS, Tile
@@ -140,8 +141,8 @@ class _Product:
         tile = Tile(v, dtype, k, columns, ("gate", "up") if self.gated else ("sums",), x_row="found[m]", weight_row="expert, {}",
                     step=2 if self.gated and self.interleaved else 1, up=up, bias=None if bias is None else DTYPES[bias.dtype])  # fmt: skip
         sums = [v.load("float32", f"{s}[t * {COLUMNS}]", str(COLUMNS)) for s in tile.sums]
-        y = v.call(self.act, sums[0]) if self.act else sums[0]
-        y = f"{y} * {sums[1]}" if self.gated else y
+        y = v.call(self.act, sums[0]) if self.act and self.act in ACTIVATIONS else sums[0]
+        y = v.call(str(self.act), *sums) if self.gated and self.act not in ACTIVATIONS else f"{y} * {sums[1]}" if self.gated else y
         count = f"T.min({columns} - first, {COLUMNS})" if columns % COLUMNS else str(COLUMNS)
 
         def found(group: int) -> str:

@@ -580,10 +580,10 @@ def moe_cases():
         "one": case(1, 2, 8, 40, "silu"),
         "one_active": case(1, 1, 4, 24, "gelu", bias=True),
         "four": case(4, 3, 5, 40, "gelu_tanh", transposed=True, interleaved=True, bias=True),
-        "few": case(9, 4, 6, 24, "silu", interleaved=True),
+        "few": case(9, 4, 6, 24, "swiglu_oai", interleaved=True),
         "top_1": case(40, 1, 3, 24, "relu", gated=False, bias=True, ids=I32),
         "some": case(50, 4, 6, 40, "sigmoid", gated=False, transposed=True),
-        "many": case(150, 2, 3, 24, "silu", bias=True),
+        "many": case(150, 2, 3, 24, "swiglu_oai", bias=True),
     }
 
 

@@ -101,6 +101,7 @@ def _experts() -> None:
         (FEW, BF16, 7, 3, 40, 24, "gelu", True, True, True),
         (PREFILL, BF16, 2, 1, 64, 32, "gelu_tanh", True, False, False),
         (FEW, F16, 5, 4, 33, 10, "relu", False, False, True),
+        (FEW, F32, 3, 2, 24, 11, "swiglu_oai", True, False, True),
     ):
         width = 2 * inner if gated else inner
         args = {"x": rows(dtype, d), "expert_ids": rows(I64, active), "expert_weights": rows(F32 if bias else dtype, active)}
