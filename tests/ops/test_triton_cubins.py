@@ -12,7 +12,7 @@ from ingot.ops.target import GPU_ARCHES, Target
 ingot.ops.triton.load()
 
 BF16, F16, F32, I32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.float8_e4m3fn
-DECODE, PREFILL = Steps(8, 8, 1, 8, True), Steps(1024, 64, 1024, 64, False)
+ONE, DECODE, PREFILL = Steps(1, 1, 1, 1, True), Steps(8, 8, 1, 8, True), Steps(1024, 64, 1024, 64, False)
 T, R, S, S1, P, N = {"T": 1}, {"R": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
 
 
@@ -158,7 +158,7 @@ def test_quantized_caches_compile(isa, kv_dtype, steps):
 def test_quantized_weights_compile(isa):
     target = Target("cuda", isa, "")
     wanted = [c for c in LLAMA if c.op == "quantized_linear" and (isa != "sm_80" or c.args["weight"].dtype != FP8)]
-    compile_sources([s for c in wanted for s in sources(c, DECODE, target, 1)], target, 2)
+    compile_sources([s for c in wanted for steps in (ONE, DECODE) for s in sources(c, steps, target, 1)], target, 2)
 
 
 @pytest.mark.nightly
@@ -172,7 +172,7 @@ def test_quantized_products_fit_in_shared_memory(isa, form, activation):
     """All that is offered compiles also where memory is small, and where widened weights go through it."""
     target = Target("cuda", isa, "")
     wanted = [quantized(form, activation, T, n, 4096, act) for n, act in ((4096, None), (28672, "silu"))]
-    compile_sources([s for c in wanted for steps in (Steps(64, 64, 1, 64, True), PREFILL) for s in sources(c, steps, target, 100)], target, 2)
+    compile_sources([s for c in wanted for steps in (ONE, Steps(64, 64, 1, 64, True), PREFILL) for s in sources(c, steps, target, 100)], target, 2)
 
 
 def test_float8_is_declined_where_no_instruction_converts_it():
