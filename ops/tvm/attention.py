@@ -50,8 +50,10 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
 
 
 def shares(steps: Steps, target: Target, kv_heads: int) -> tuple[int, int]:
-    """Tokens of a task, and tasks that share their pages."""
+    """Tokens of a task, and tasks that share their pages: none where a row's order must not depend on the other rows of its block."""
     block = 1 if steps.max_num_new == 1 else max(1, min(BLOCK, steps.max_tokens // 4))
+    if steps.deterministic:
+        return block, 1
     tasks = kv_heads * -(-steps.max_tokens // block)
     return block, max(1, min(8, (2 * target.num_threads or TASKS) // tasks))
 

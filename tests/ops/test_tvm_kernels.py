@@ -432,6 +432,14 @@ def test_what_a_family_cannot_do_it_declines() -> None:
     assert CLAIMS["paged_attention", "tvm"][0](mixed, steps, target) == []
 
 
+@pytest.mark.parametrize("op", ["paged_attention", "mla_attention"])
+def test_deterministic_steps_share_no_pages(op: str) -> None:
+    """Where a share ends depends on the last token of a block, which may be another request's chunk."""
+    for _, call in CASES[op]:
+        [candidate] = CLAIMS[op, "tvm"][0](call, Steps(64, 8, 64, 64, False, deterministic=True), TARGETS["fma"])
+        assert candidate.name.startswith("split1_")
+
+
 @pytest.mark.parametrize("isa", [t for t in TARGETS if t != "avx512vl"])
 def test_large_values_saturate_and_nan_stays_nan(isa: str, kernels: dict[tuple[str, str], SharedObject]) -> None:
     steps, call = CASES["glu"][0]  # silu, float32
