@@ -107,7 +107,9 @@ class Executor:
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """The same step without sampling: logits [R, V] on the device, valid until the next step."""
-        return self._forward(batch)[0][: batch.size.num_rows]
+        logits, _ = self._forward(batch)
+        self._staging.end()
+        return logits[: batch.size.num_rows]
 
     def captured(self, size: StepSize) -> bool:
         """Whether a step of this size is replayed as a CUDA graph."""

@@ -113,16 +113,20 @@ class Staging:
 
     def download(self, batch: StepBatch, sampled: Sampled) -> LaunchedStep:
         """Enqueue the copy of what the uploaded batch's step samples at all of its rows."""
-        slot = self._slots[self._turn]
         if sampled.logprobs is None:
             _, views = self._batches[self._turn, batch.padded]
             views.token_ids.copy_(sampled.token_ids, non_blocking=True)
             samples = views.host_token_ids
         else:
             samples = _pack(sampled).to("cpu", non_blocking=True).numpy()  # to page-locked memory
-        if slot.done is not None:
-            slot.done.record()
-        return LaunchedStep(samples, batch.size.num_rows, slot.done)
+        return LaunchedStep(samples, batch.size.num_rows, self.end())
+
+    def end(self) -> torch.cuda.Event | None:
+        """Everything of the uploaded batch's step is enqueued; the event that tells when it is done, None on a CPU."""
+        done = self._slots[self._turn].done
+        if done is not None:
+            done.record()
+        return done
 
     def _views(self, batch: StepBatch, slot: _Slot) -> _Views:
         packed = {name: self._view(name, batch.padded) for name in self._page_tables}
