@@ -54,6 +54,7 @@ PARTS = (
     Part("startup", 2, "{python} -m ingot.serve.cli bench startup {configs}/llama-3.1-8b --dummy-weights --server --json"),
     benchmark("deterministic", 1.5, "deterministic.py"),
     benchmark("latent", 3, "tables.py", "{here}/configs/deepseek-v2-lite", "--parts latency", "--results {out}/tables.json"),
+    benchmark("recurrent", 3, "tables.py", "{here}/configs/mamba2-2.7b", "--parts latency", "--results {out}/tables.json"),
     benchmark("experts", 4, "tables.py", "{configs}/mixtral-8x7b", "--parts latency", '--flags "--quantize int4-g128"', "--suffix int4-g128",
               "--results {out}/tables.json"),
     benchmark("70b-fp8", 4, "gpu_70b.py", "fp8", "-o {out}/70b-fp8.json"),

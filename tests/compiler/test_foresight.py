@@ -25,6 +25,11 @@ def test_two_layers_have_the_kernels_of_all() -> None:
     assert len(foreseen) > 20 and foreseen == whole
 
 
+def test_kinds_of_layers_that_follow_from_their_number_do_so_still() -> None:
+    short = shortened(transformers.Mamba2Config(num_hidden_layers=8))
+    assert short is not None and len(short.layer_types) == 2
+
+
 def test_layers_that_differ_are_not_shortened() -> None:
     config = transformers.Gemma2Config(num_hidden_layers=8)
     assert len(set(config.layer_types)) == 2 and shortened(config) is None

@@ -467,7 +467,7 @@ def channel_cases(op):
         inputs |= {} if op == "linear_recurrence" else {"log_decay": tensor(c), "bonus": tensor(c)}
         return recurrent_case(inputs | state | SLOT, tensor(T, c), batch)
 
-    return {"decode": case(DECODED, 300), "ragged": case(RAGGED, 40)}
+    return {"decode": case(DECODED, 300), "ragged": case(RAGGED, 20)}
 
 
 def sampling_cases():
