@@ -366,10 +366,9 @@ def _candidates(call: Call, steps: Steps, target: Target, tokens: Dim, active: i
             launches = [p.gemv(pairs, 1, b, Operand(scratch=i), middle) for i, (p, b) in enumerate(zip(inner, blocks, strict=True))]
             launches.append(last.gemv(tokens, active, end, Operand(out=0), middle))
             name = "+".join("n{}_k{}_w{}".format(*b) for b in (*blocks, end))
-            found.append(Candidate(f"gemv_{name}", tuple(launches), middle, rank=len(found) / 10))
+            found.append(Candidate(f"gemv_{name}", tuple(launches), middle, rank=(0.0 if most(tokens, steps) <= 4 else 2.0) + len(found) / 10))
     if found and most(tokens, steps) == 1:
         return found
-    rank = 0.0 if most(tokens, steps) > 4 else 1.0
     for tile in _tiles(most(pairs, steps), experts, dtype, steps):
         fits = [p.fitted(tile, dtype, target) for p in products]
         if not all(fits):
@@ -386,7 +385,7 @@ def _candidates(call: Call, steps: Steps, target: Target, tokens: Dim, active: i
             constants = {"N": last.n, "SUM": active, "BLOCK": min(power_of_two(last.n), 512)}
             added = {"pairs": end_operand, "out": Operand(out=0)}
             launches.append(launch(call, [sum_pairs_kernel], added, constants, ((tokens, 1), (last.n, constants["BLOCK"])), scratch=scratch, num_warps=2))
-        found.append(Candidate(f"gemm_{'+'.join(map(str, tiles))}", tuple(launches), scratch, rank=rank + len(found) / 10))
+        found.append(Candidate(f"gemm_{'+'.join(map(str, tiles))}", tuple(launches), scratch, rank=1.0 + len(found) / 10))
     return list({c.name: c for c in found}.values())
 
 

@@ -56,10 +56,8 @@ def _supported(call: Call, *weights: str) -> bool:
         return False
     if any(math.prod(numbers(t.shape)) >= 1 << 31 for t in tensors):  # indices are int32
         return False
-    return all(t.dtype == dtype if len(t.shape) == 3 else t.dtype in DTYPES for t in tensors) and call.args.get("expert_weights", ids).dtype in (
-        *DTYPES,
-        ids.dtype,
-    )
+    given = call.args.get("expert_weights")
+    return all(t.dtype == dtype if len(t.shape) == 3 else t.dtype in DTYPES for t in tensors) and (given is None or given.dtype in DTYPES)
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,12 @@ class _Product:
         tile = Tile(v, dtype, k, columns, ("gate", "up") if self.gated else ("sums",), x_row="found[m]", weight_row="expert, {}",
                     step=2 if self.gated and self.interleaved else 1, up=up, bias=None if bias is None else DTYPES[bias.dtype])  # fmt: skip
         sums = [v.load("float32", f"{s}[t * {COLUMNS}]", str(COLUMNS)) for s in tile.sums]
-        y = v.call(self.act, sums[0]) if self.act and self.act in ACTIVATIONS else sums[0]
-        y = v.call(str(self.act), *sums) if self.gated and self.act not in ACTIVATIONS else f"{y} * {sums[1]}" if self.gated else y
+        if self.act is None:
+            (y,) = sums
+        elif self.gated and self.act in ACTIVATIONS:
+            y = f"{v.call(self.act, sums[0])} * {sums[1]}"
+        else:  # of one, or a gate's own formula of both
+            y = v.call(self.act, *sums)
         count = f"T.min({columns} - first, {COLUMNS})" if columns % COLUMNS else str(COLUMNS)
 
         def found(group: int) -> str:
