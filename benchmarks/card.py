@@ -44,6 +44,8 @@ PARTS = (
     benchmark("kernels-llama", 1.5, "kernel_profile.py", "{configs}/llama-3.1-8b", "-o {out}/kernels-llama-3.1-8b.json"),
     benchmark("persistent-qwen", 1.5, "persistent_layer.py", "{configs}/qwen3-0.6b", "--batch 1,16,64", "-o {out}/persistent-qwen3-0.6b.json"),
     benchmark("persistent-llama", 1.5, "persistent_layer.py", "{configs}/llama-3.2-1b", "--batch 1,16,64", "-o {out}/persistent-llama-3.2-1b.json"),
+    Part("tune-fp8", 2, "{python} -m ingot.serve.cli tune --add --quantize fp8 {configs}/llama-3.1-8b"),
+    Part("tune-int4", 2, "{python} -m ingot.serve.cli tune --add --quantize int4-g128 {configs}/llama-3.1-8b"),
     benchmark("quantized", 5, "gpu_quantized.py", "{out}/quantized.json", "--seconds 270"),
     benchmark("tables-fp8", 3, "tables.py", "{configs}/llama-3.1-8b", "--parts latency,throughput", '--flags "--quantize fp8"', "--suffix fp8",
               "--results {out}/tables.json"),

@@ -13,7 +13,7 @@ from ingot.artifacts.store import Store
 from .build import CompileOptions, Job, Progress, device_for
 from .codegen.emit import Emitter
 from .select import select
-from .tuning import SHIPPED, Tuned, TuningError, slug, write
+from .tuning import SHIPPED, Tuned, TuningError, entries_of, slug, write
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class TuneReport:
     rejected: list[str]
 
 
-def tune(models: Sequence[str], options: CompileOptions, output: Path | None, progress: Progress = lambda stage, done: None) -> TuneReport:
+def tune(
+    models: Sequence[str], options: CompileOptions, output: Path | None, progress: Progress = lambda stage, done: None, *, add: bool = False
+) -> TuneReport:
     """Measure on this machine's device and write the table, to `output` or where this installation's compiler reads it.
 
+    With `add` what the file has already stays: other models, other options. Without, the file has what was measured now and nothing older.
     Weights are made up, so that a model's folder needs no more than its config.json. Raises TuningError without the device.
     """
     entries: dict[str, Tuned] = {}
@@ -46,6 +49,8 @@ def tune(models: Sequence[str], options: CompileOptions, output: Path | None, pr
         entries |= selection.tuned
         rejected += selection.rejected
     path = output or SHIPPED / f"{slug(job.target.device)}.json"
+    if add and path.is_file():
+        entries = entries_of(path, job.target) | entries
     write(path, job.target, entries)
     return TuneReport(path, len(entries), rejected)
 

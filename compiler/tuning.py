@@ -81,6 +81,14 @@ def _read(path: Path) -> tuple[_File, Table]:
     return file, Table(path.name, hashlib.sha256(data).hexdigest(), file.entries)
 
 
+def entries_of(path: Path, target: Target) -> dict[str, Tuned]:
+    """The entries of a table of the target's device. TuningError when it is damaged or another device's."""
+    file, table = _read(path)
+    if file.device != target.device:
+        raise TuningError(f"{path} is the table of {file.device}, this is {target.device}; give another file with -o")
+    return table.entries
+
+
 def write(path: Path, target: Target, entries: dict[str, Tuned]) -> None:
     """Write the table of the target's device: an entry a line, in the order of calls, so that two tables can be compared. TuningError."""
     ordered = sorted(entries.items(), key=lambda e: (e[1].call, e[0]))

@@ -38,6 +38,10 @@ def test_a_tuned_model_takes_what_was_measured(tmp_path: Path, shared_home: Path
     assert all("in the tuning table" in r for r in reasons)
     assert artifact.manifest.key_inputs["tuning"].startswith(report.path.name)
     assert artifact.manifest.report["kernels_compiled"] == 0  # the chosen ones were compiled to be measured
+    more = tune([str(model)], CompileOptions(**OPTIONS | {"max_num_batched_tokens": 3}), report.path, add=True)  # type: ignore[arg-type]
+    added = json.loads(report.path.read_text())["entries"]
+    assert len(added) == more.entries > report.entries
+    assert table["entries"].keys() < added.keys()
     assert len(LLM(built.path).generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[0].token_ids) == 4
 
 
