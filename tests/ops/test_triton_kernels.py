@@ -782,8 +782,9 @@ def test_what_experts_make_of_a_row_does_not_depend_on_the_others(interpreter):
     steps = replace(case.steps, max_tokens=70, deterministic=True)
     candidate = CLAIMS["moe", "triton"][0](call, steps, target)[0]
     inputs = {n: a for n, a in case.inputs(call, "cpu").items() if n in ("w_in", "w_out")}
-    x, ids = torch.randn(70, 72).bfloat16(), torch.rand(70, 6).argsort(-1)[:, :4]
-    weights = torch.rand(70, 4).bfloat16()
+    generator = torch.Generator().manual_seed(70)
+    x, ids = torch.randn(70, 72, generator=generator).bfloat16(), torch.rand(70, 6, generator=generator).argsort(-1)[:, :4].contiguous()
+    weights = torch.rand(70, 4, generator=generator).bfloat16()
     made = {}
     for rows in (70, 1):
         tokens = {"x": x[-rows:], "expert_ids": ids[-rows:], "expert_weights": weights[-rows:]}
