@@ -93,35 +93,48 @@ def join(stages: Sequence[Stage], num_programs: int, num_warps: int = 4, num_sta
     )
 
 
+_PLACE = (*(f"{p}_{axis}" for p in ("program", "programs") for axis in range(3)), "arrivals", "fresh", "EXPECTED")
+"""What a stage's functions are told instead of asking: which program of which grid this is, and what to wait for."""
+_ASKS = ("tl.program_id", "tl.num_programs", "tl.extra.cuda.gdc_wait", "tl.extra.cuda.gdc_launch_dependents")
+
+
 def _stage_function(source: Source, functions: dict[str, ast.FunctionDef]) -> str:
     """Put the source's functions among `functions`, its kernel as a stage, of the name that is returned."""
-    name = f"{source.symbol}_stage"
-    for node in ast.parse(source.text).body:
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        if node.name == source.symbol:
-            node = _AsStage().visit(node)
-            node.name = name
-            node.args.args += [ast.arg(f"{p}_{axis}") for p in ("program", "programs") for axis in range(3)]
-            node.args.args += [ast.arg("arrivals"), ast.arg("fresh"), ast.arg("EXPECTED", ast.parse("tl.constexpr", mode="eval").body)]
+    parsed = {node.name: node for node in ast.parse(source.text).body if isinstance(node, ast.FunctionDef)}
+    called = {name: {ast.unparse(c.func) for c in ast.walk(node) if isinstance(c, ast.Call)} for name, node in parsed.items()}
+    told: set[str] = set()
+    while more := {name for name, calls in called.items() if calls & {*_ASKS, *told}} - told:
+        told |= more
+    for name, node in parsed.items():
+        if name in told:
+            node = _AsStage(told).visit(node)
+            node.name = f"{name}_stage"
+            node.args.args += [ast.arg(p, ast.parse("tl.constexpr", mode="eval").body if p == "EXPECTED" else None) for p in _PLACE]
         known = functions.setdefault(node.name, node)
         if ast.unparse(known) != ast.unparse(node):
             raise ValueError(f"two kernels of a layer have different functions named {node.name}")
-    return name
+    return f"{source.symbol}_stage"
 
 
 class _AsStage(ast.NodeTransformer):
-    """Program ids become arguments, and waiting for the kernel before becomes waiting for the stage before."""
+    """Program ids become arguments, and waiting for the kernel before becomes waiting for the stage before; `told`: functions that are told so too."""
+
+    def __init__(self, told: set[str]) -> None:
+        self.told = told
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        match ast.unparse(node.func):
+        name = ast.unparse(node.func)
+        match name:
             case "tl.program_id":
                 return ast.Name(f"program_{ast.unparse(node.args[0])}", ast.Load())
             case "tl.num_programs":
                 return ast.Name(f"programs_{ast.unparse(node.args[0])}", ast.Load())
             case "tl.extra.cuda.gdc_wait":
                 return ast.parse("await_stage(arrivals, fresh, EXPECTED)", mode="eval").body
+        if name in self.told:
+            node.func = ast.Name(f"{name}_stage", ast.Load())
+            node.keywords += [ast.keyword(p, ast.Name(p, ast.Load())) for p in _PLACE]
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:

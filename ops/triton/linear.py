@@ -19,6 +19,7 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import activate, tanh
 from .prefetch import prefetch_rows
+from .product_tile import add_and_store, finish_tile, tile_at
 from .source import FLOATS, launch, most, power_of_two, rows, supported
 from .tickets import is_last
 
@@ -75,31 +76,13 @@ def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K:
 
 
 @triton.jit
-def store_tile(acc, bias, residual, out, at, n, mask, N: tl.constexpr):
-    """A tile of the product, float32, with what is added to it."""
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, PREFETCH: tl.constexpr,
+                BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, PREFETCH: tl.constexpr,
                 THREADS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """PREFETCH: bytes of each row of the weight to ask for while the predecessor ends.
-
-    With SPLIT > 1 a program multiplies a part of K into `partial` [SPLIT, M, N], and the last one of a tile adds them up.
-    """
-    # programs that run together share rows of x and of the weight in L2: walk the tiles in groups of GROUP rows
-    tiles_m = tl.num_programs(0)
-    tiles_n = tl.num_programs(1)
-    tile = tl.program_id(0) + tl.program_id(1) * tiles_m
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    m = (first + tile % (GROUP * tiles_n) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % (GROUP * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    """PREFETCH: bytes of each row of the weight to ask for while the predecessor ends. With SPLIT > 1 a program multiplies a part of K."""
+    first_n, first_m = tile_at(BLOCK_N, BLOCK_M, HEIGHT)
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     split = tl.program_id(2)
     depth: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
@@ -130,20 +113,7 @@ def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: t
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
         if ACT is not None:
             up = tl.dot(h, v, up, input_precision=PRECISION)
-    if ACT is not None:
-        acc = activate(acc, ACT) * up
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    mask = (m < num_rows)[:, None] & (n < N)[None, :]
-    if SPLIT > 1:
-        apart = num_rows.to(tl.int64) * N
-        tl.store(partial + split * apart + at, acc, mask=mask)
-        if is_last(tickets + tile, SPLIT):
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for other in tl.static_range(SPLIT):
-                acc += tl.load(partial + other * apart + at, mask=mask, other=0.0, cache_modifier=".cg")
-            store_tile(acc, bias, residual, out, at, n, mask, N)
-    else:
-        store_tile(acc, bias, residual, out, at, n, mask, N)
+    finish_tile(acc, up, bias, residual, out, partial, tickets, m[:, None], n[None, :], num_rows, N, SPLIT, ACT)
 
 
 @dataclass(frozen=True)
@@ -245,10 +215,10 @@ def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
             tiles = -(-most(count, steps) // t.m) * -(-width // t.n)
             scratch = (Tensor(torch.float32, (product(count, t.split), width)), Tickets(torch.int32, (tiles,)))
             shared = {"partial": Operand(scratch=0), "tickets": Operand(scratch=1)}
-        constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP": 8, "SPLIT": t.split,
+        constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split,
                      "PREFETCH": ahead, "THREADS": 32 * t.warps, "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
         constants |= {p: None for p in ("bias", "residual", "partial", "tickets") if p not in inputs | shared}
-        functions, grid = [gemm_kernel, store_tile, is_last, prefetch_rows, activate, tanh], ((count, t.m), (width, t.n), (t.split, 1))
+        functions, grid = [gemm_kernel, tile_at, finish_tile, add_and_store, is_last, prefetch_rows, activate, tanh], ((count, t.m), (width, t.n), (t.split, 1))
         one = launch(call, functions, inputs | shared | num_rows, constants, grid, scratch=scratch, num_warps=t.warps, num_stages=t.stages)
         found.append(Candidate(f"gemm_{t}", (one,), scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found

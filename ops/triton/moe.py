@@ -21,6 +21,7 @@ from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
 from ..target import Target
 from .activations import activate, tanh
 from .linear import EXACT, FEW_ROWS, GEMV_TILES, MANY_ROWS, SOME_ROWS, Tile, fitted
+from .product_tile import tile_at
 from .quantized_product import Weights
 from .source import FLOATS, launch, most, power_of_two, supported
 
@@ -113,14 +114,8 @@ def grouped_gemm_kernel(x, order, experts, weight, w_scale, bias, scale, out, nu
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    # as in a dense product: programs that run together share rows of x and of the weight in L2
-    tiles_m = tl.num_programs(0)
-    tiles_n = tl.num_programs(1)
-    tile = tl.program_id(0) + tl.program_id(1) * tiles_m
-    first = tile // (HEIGHT * tiles_n) * HEIGHT
-    height = tl.minimum(tiles_m - first, HEIGHT)
-    tile_m = first + tile % (HEIGHT * tiles_n) % height
-    n = tile % (HEIGHT * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n, tile_m = tile_at(BLOCK_N, 1, HEIGHT)
+    n = first_n + tl.arange(0, BLOCK_N)
     expert = tl.load(experts + tile_m)
     if expert < 0:
         return
@@ -320,8 +315,8 @@ class _Product:
         constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8, "PRECISION": precision}
         operands = _in_order(grouped_gemm_kernel, self.operands | sorted_pairs | {"out": out})
         grid = ((slots, tile.m), (self.n, tile.n))
-        return launch(self.call, [grouped_gemm_kernel, multiply, gated, activate, tanh], operands, constants, grid, scratch=scratch, num_warps=tile.warps,
-                      num_stages=tile.stages)  # fmt: skip
+        functions = [grouped_gemm_kernel, tile_at, multiply, gated, activate, tanh]
+        return launch(self.call, functions, operands, constants, grid, scratch=scratch, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _in_order(kernel: Any, operands: dict[str, Operand]) -> dict[str, Operand]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from triton import JITFunction
 
 from ..dims import product as product_of
@@ -17,54 +15,12 @@ from ..target import SHARED_MEMORY_BYTES
 from .activations import activate, tanh
 from .linear import PREFETCH_BYTES, PROGRAMS
 from .prefetch import prefetch_rows
+from .product_tile import add_and_store, finish_tile, tile_at
 from .quantized_product import CHUNK, Product
 from .source import launch, power_of_two
 from .tickets import is_last
 
 MAX_STAGES = 8
-
-
-@triton.jit
-def tile_at(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHT: tl.constexpr):
-    """(first row of the weight, first row of x) of this program's tile. Programs that run together share weights and rows of x in L2: tiles
-    are walked in groups of HEIGHT row tiles."""
-    tiles_m = tl.num_programs(0)
-    tiles_n = tl.num_programs(1)
-    tile = tl.program_id(0) + tl.program_id(1) * tiles_m
-    first = tile // (HEIGHT * tiles_n) * HEIGHT
-    height = tl.minimum(tiles_m - first, HEIGHT)
-    return tile % (HEIGHT * tiles_n) // height * BLOCK_N, (first + tile % (HEIGHT * tiles_n) % height) * BLOCK_M
-
-
-@triton.jit
-def add_and_store(h, bias, residual, out, at, n, mask, N: tl.constexpr):
-    if bias is not None:
-        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if residual is not None:
-        h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def finish_tile(h, u, bias, residual, out, partial, tickets, n, m, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr):
-    """h [n, m], gated with u if there is ACT, with what is added → out [num_rows, N].
-
-    With SPLIT > 1 h is a part of the sum: it goes to `partial` [SPLIT, num_rows, N], and the last program of a tile adds the parts up.
-    """
-    if ACT is not None:
-        h = activate(h, ACT) * u
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    mask = (m < num_rows)[None, :] & (n < N)[:, None]
-    if SPLIT > 1:
-        apart = num_rows.to(tl.int64) * N
-        tl.store(partial + tl.program_id(2) * apart + at, h, mask=mask)
-        if is_last(tickets + tl.program_id(0) + tl.program_id(1) * tl.num_programs(0), SPLIT):
-            h = tl.zeros(h.shape, tl.float32)
-            for other in tl.static_range(SPLIT):
-                h += tl.load(partial + other * apart + at, mask=mask, other=0.0, cache_modifier=".cg")
-            add_and_store(h, bias, residual, out, at, n, mask, N)
-    else:
-        add_and_store(h, bias, residual, out, at, n, mask, N)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import triton.language as tl
 from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
 from .prefetch import prefetch_rows
-from .quantized_gemm import Tile, Tiles, finish_tile, gemm, tile_at, tiles
+from .product_tile import finish_tile, tile_at
+from .quantized_gemm import Tile, Tiles, gemm, tiles
 from .quantized_product import Product
 from .round_rows import rounded
 
@@ -111,7 +112,7 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
         by = tl.load(x_scale_row)[None, :]
         h *= by
         u *= by
-    finish_tile(h, u, bias, residual, out, partial, tickets, n, m, num_rows, N, SPLIT, ACT)
+    finish_tile(h, u, bias, residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
 
 
 def scaled_gemms(product: Product) -> list[Candidate]:

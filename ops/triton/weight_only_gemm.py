@@ -11,7 +11,8 @@ import triton.language as tl
 from ..kernel import Candidate, Operand
 from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes, widen_nibbles
 from .prefetch import prefetch_rows
-from .quantized_gemm import Tile, Tiles, finish_tile, gemm, tile_at, tiles
+from .product_tile import finish_tile, tile_at
+from .quantized_gemm import Tile, Tiles, gemm, tiles
 from .quantized_product import Product
 
 TILES = Tiles(
@@ -117,7 +118,7 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
         acc *= tl.load(scale_row).to(tl.float32)[:, None]
         if ACT is not None:
             up *= tl.load(up_scale_row).to(tl.float32)[:, None]
-    finish_tile(acc, up, bias, residual, out, partial, tickets, n, m, num_rows, N, SPLIT, ACT)
+    finish_tile(acc, up, bias, residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
 
 
 def weight_only_gemms(product: Product) -> list[Candidate]:
