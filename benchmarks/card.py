@@ -57,7 +57,7 @@ PARTS = (
     benchmark("deterministic", 1.5, "deterministic.py"),
     benchmark("latent", 3, "tables.py", "{here}/configs/deepseek-v2-lite", "--parts latency", "--results {out}/tables.json"),
     benchmark("recurrent", 3, "tables.py", "{here}/configs/mamba2-2.7b", "--parts latency", "--results {out}/tables.json"),
-    benchmark("experts", 4, "tables.py", "{configs}/mixtral-8x7b", "--parts latency", '--flags "--quantize int4-g128"', "--suffix int4-g128",
+    benchmark("experts", 4, "tables.py", "{configs}/mixtral-8x7b", "--parts latency", '--flags "--quantize fp8"', "--suffix fp8",
               "--results {out}/tables.json"),
     benchmark("70b-fp8", 4, "gpu_70b.py", "fp8", "-o {out}/70b-fp8.json"),
     benchmark("70b-int4", 4, "gpu_70b.py", "int4-g128", "-o {out}/70b-int4.json"),

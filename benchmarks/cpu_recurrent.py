@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
-from ingot.ops.dims import evaluate
 from ingot.runtime.llm import LLM
 from ingot.runtime.request import Request, SamplingParams
 from ingot.serve.bench.floor import Floor
@@ -80,13 +79,13 @@ def main() -> None:
     rounds: dict[str, list[tuple[float, list[float]]]] = {"ingot": [], "transformers": []}
     for i in range(args.rounds + 1):
         found = {"ingot": ingot_times(llm, prompt, args.tokens, clock), "transformers": transformers_times(other, prompt, args.tokens, clock)}
-        for name, times in found.items() if i else ():  # the first warms up
-            rounds[name].append(times)
+        for name, once in found.items() if i else ():  # the first warms up
+            rounds[name].append(once)
     result: dict[str, Any] = {"model": model.name, "dtype": args.dtype, "threads": args.threads, "device": artifact.manifest.target.device}
     for name, times in rounds.items():
         result[f"{name}_prompt_ms"] = statistics.median(p for p, _ in times) * 1e3
         result[f"{name}_decode_ms"] = statistics.median(t for _, steps in times for t in steps) * 1e3
-    nbytes = sum(p.read(evaluate(p.rows, {"T": 1, "S": 1, "R": 1})) for p in floor.products) + floor.other_bytes + 2 * floor.state_bytes
+    nbytes = floor.read(1, 1) + 2 * floor.state_bytes
     result |= {"state_mb": floor.state_bytes / 1e6, "bandwidth_gb_s": bandwidth / 1e9, "decode_floor_ms": nbytes / bandwidth * 1e3}
     print(json.dumps(result))
 

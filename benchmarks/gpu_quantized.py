@@ -183,7 +183,7 @@ def main() -> None:
         for problem, found in zip(some, candidates, strict=True):
             if time.monotonic() > ends:
                 break
-            known["results"].append(measure(problem, found, kernels))
+            known["results"].append(measure(*problem, found, kernels))
             args.results.write_text(json.dumps(known, indent=1) + "\n")
             left -= 1
             torch.cuda.empty_cache()
