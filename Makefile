@@ -24,6 +24,7 @@ lint: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy -p ingot
+	.venv/bin/mypy benchmarks/*.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 
 import torch
 
-from ingot.artifacts.launch_tvm import SharedObject, load
-from ingot.artifacts.plan import Kernel
 from ingot.artifacts.settings import settings
-from ingot.compiler.codegen.tvm import compile_sources
+from ingot.compiler.codegen.emit import load_here
 from ingot.compiler.quantization import Request, choose_online
 from ingot.ops import formats, tvm
 from ingot.ops.dims import evaluate
@@ -50,8 +47,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[str, int, int]]:
 def call(op: str, n: int, k: int, dtype: torch.dtype) -> Call:
     columns = n // 2 if op == "linear_glu" else n
     result = Tensor(dtype, ({"T": 1}, columns))
-    extra: dict[str, Any] = {"linear": {"bias": None}, "linear_add": {"bias": None, "residual": result}, "linear_glu": {"act": "silu"}}[op]
-    return Call(op, {"x": Tensor(dtype, ({"T": 1}, k)), "weight": Tensor(dtype, (n, k)), **extra}, (result,))
+    extra: dict[str, dict[str, Any]] = {"linear": {"bias": None}, "linear_add": {"bias": None, "residual": result}, "linear_glu": {"act": "silu"}}
+    return Call(op, {"x": Tensor(dtype, ({"T": 1}, k)), "weight": Tensor(dtype, (n, k)), **extra[op]}, (result,))
 
 
 def quantized(plain: Call, method: str, is_head: bool) -> Call:
@@ -94,22 +91,17 @@ def seconds(runs: list[Callable[[], None]], repetitions: int = 9) -> float:
     return statistics.median(times)
 
 
-def compiled(sources: list[Source], folder: Path) -> list[SharedObject]:
-    paths = compile_sources(sources, host(), folder, jobs=1)
-    return [load(Kernel(p.stem, s.family, "tvm", s.symbol, p.name, ""), p) for s, p in zip(sources, paths, strict=True)]
-
-
-def measure(config: dict[str, Any], rows: int, dtype: torch.dtype, method: str, folder: Path) -> dict[str, Any]:
+def measure(config: dict[str, Any], rows: int, dtype: torch.dtype, method: str) -> dict[str, Any]:
     steps = Steps(rows, rows, 1, rows, False)
     calls = {name: call(*shape, dtype) for name, shape in shapes(config).items()}
     if method != "none":
         calls = {name: quantized(c, method, name == "lm_head") for name, c in calls.items()}
     candidates = {name: CLAIMS[c.op, "tvm"][0](c, steps, host())[0] for name, c in calls.items()}
-    read, *kernels = compiled([read_source(), *(launch.source for c in candidates.values() for launch in c.launches)], folder)
-    loaded = iter(kernels)
+    read = read_source()
+    kernels = load_here([read, *(launch.source for c in candidates.values() for launch in c.launches)], host())
 
     array = torch.ones(ROTATED_BYTES // 4)
-    bandwidth = ROTATED_BYTES / seconds([read.bind([array, torch.empty(len(array) // 1024)])]) / 1e9
+    bandwidth = ROTATED_BYTES / seconds([kernels[read].bind([array, torch.empty(len(array) // 1024)], ())]) / 1e9
     result: dict[str, Any] = {"device": host().device, "threads": torch.get_num_threads(), "rows": rows, "read_gb_per_s": round(bandwidth, 1)}
     total = 0.0
     for name, candidate in candidates.items():
@@ -119,13 +111,9 @@ def measure(config: dict[str, Any], rows: int, dtype: torch.dtype, method: str, 
         nbytes = sum(t.nbytes for t in stored.values())
         copies = [{a: t.clone() for a, t in stored.items()} for _ in range(max(1, ROTATED_BYTES // nbytes))]
         scratch = [torch.empty([evaluate(d, {"T": rows}) for d in t.shape], dtype=t.dtype) for t in candidate.scratch]
-        out = torch.empty(rows, *c.results[0].shape[1:], dtype=dtype)
-        functions = [next(loaded) for _ in candidate.launches]
-
+        out = torch.empty([evaluate(d, {"T": rows}) for d in c.results[0].shape], dtype=dtype)
         values = dict(fixed) | {f"scratch {i}": t for i, t in enumerate(scratch)} | {"out": out}
-        bound = [
-            [f.bind([(values | copy)[_name(o)] for o in launch.operands]) for f, launch in zip(functions, candidate.launches, strict=True)] for copy in copies
-        ]
+        bound = [[kernels[launch.source].bind([(values | copy)[_name(o)] for o in launch.operands], ()) for launch in candidate.launches] for copy in copies]
         elapsed = seconds([lambda calls=calls: [run() for run in calls] for calls in bound])  # type: ignore[misc]
         total += elapsed * (1 if name == "lm_head" else config["num_hidden_layers"])
         rate = nbytes / elapsed / 1e9
@@ -153,8 +141,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tvm.load()
     path = options.config / "config.json" if options.config.is_dir() else options.config
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(json.loads(path.read_text()), options.rows, getattr(torch, options.dtype), options.quantize, Path(folder)), indent=1))
+    print(json.dumps(measure(json.loads(path.read_text()), options.rows, getattr(torch, options.dtype), options.quantize), indent=1))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def saved(name: str, folder: Path) -> tuple[torch.nn.Module, Path]:
     """A tiny model with random weights, and where it lies."""
     torch.manual_seed(0)
     config = tiny.of(name)
+    assert config.architectures is not None
     model = getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     randomize(model)
     model.save_pretrained(folder / name)

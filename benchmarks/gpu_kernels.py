@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,14 +22,13 @@ import torch.nn.functional as F
 import triton
 
 from ingot.artifacts.gate import bind, relative
-from ingot.artifacts.launch_cuda import load
-from ingot.artifacts.plan import Kernel
-from ingot.compiler.codegen.triton import compile_sources
+from ingot.compiler.codegen.emit import load_here
+from ingot.compiler.measure import cuda_seconds
 from ingot.ops import OPS
 from ingot.ops import triton as families
 from ingot.ops.dims import evaluate
 from ingot.ops.kernel import CLAIMS, Call, Candidate, Steps, Tensor
-from ingot.ops.target import gpu
+from ingot.ops.target import Target, gpu
 
 READ_RATE = 4.54e12  # bytes a second
 PAGE = 64  # tokens of a KV page
@@ -40,6 +36,13 @@ MATRIX_RATE = 700e12  # bfloat16 operations a second, dense
 CACHE_BYTES = 150e6  # more than twice the L2 cache
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 T, S, S1, P, N = {"T": 1}, {"S": 1}, {"S": 1, "": 1}, {"P_full": 1}, {"N_full": 1}
+
+
+def here() -> Target:
+    """This machine's GPU."""
+    target = gpu()
+    assert target is not None, "no GPU is here"
+    return target
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class Problem:
         return max(self.nbytes / READ_RATE, self.flops / MATRIX_RATE)
 
     def candidates(self) -> list[Candidate]:
-        target = gpu()
-        return [c for claim in CLAIMS[self.call.op, "triton"] for c in claim(self.call, self.steps, target)]
+        return [c for claim in CLAIMS[self.call.op, "triton"] for c in claim(self.call, self.steps, here())]
 
     def inputs(self, seed: int) -> dict[str, Any]:
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -186,26 +188,6 @@ def problems() -> list[Problem]:
     return found
 
 
-def microseconds(runs: list[Callable[[], Any]]) -> float:
-    """Median time of one of `runs`, from replays of a graph of all of them."""
-    runs[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    graph.replay()
-    times = []
-    for _ in range(7):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(runs))
-    return statistics.median(times)
-
-
 def measure(problem: Problem, kernels: dict[Any, Any]) -> dict[str, Any]:
     copies = int(min(max(CACHE_BYTES / problem.nbytes, 1), 64)) + 1
     sets = [problem.inputs(seed) for seed in range(copies)]
@@ -222,9 +204,9 @@ def measure(problem: Problem, kernels: dict[Any, Any]) -> dict[str, Any]:
         outputs, run = bind(candidate, problem.call, sets[0], problem.sizes, loaded)
         run()
         errors[candidate.name] = max(relative(a, b) for a, b in zip(outputs, expected, strict=True))
-        figures[candidate.name] = microseconds([bind(candidate, problem.call, inputs, problem.sizes, loaded)[1] for inputs in rounds])
+        figures[candidate.name] = 1e6 * cuda_seconds([bind(candidate, problem.call, inputs, problem.sizes, loaded)[1] for inputs in rounds])
     best = min(figures, key=figures.__getitem__)
-    library = None if problem.library is None else microseconds([partial(problem.library, i) for i in rounds])
+    library = None if problem.library is None else 1e6 * cuda_seconds([partial(problem.library, i) for i in rounds])
     return {
         "model": problem.model, "problem": problem.name, "best": best, "us": round(figures[best], 2), "floor_us": round(problem.floor * 1e6, 2),
         "tb_per_s": round(problem.nbytes / figures[best] / 1e6, 3), "tflops": round(problem.flops / figures[best] / 1e6, 1),
@@ -236,12 +218,7 @@ def main(path: Path, wanted: str = "") -> None:
     families.load()
     todo = [p for p in problems() if wanted in f"{p.model} {p.name}"]
     sources = list({launch.source: None for p in todo for c in p.candidates() for launch in c.launches})
-    kernels = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for source, c in zip(sources, compile_sources(sources, gpu(), os.cpu_count() or 1), strict=True):
-            file = Path(folder) / f"{c.name}.cubin"
-            file.write_bytes(c.binary)
-            kernels[source] = load(Kernel(c.name, source.family, "triton", c.symbol, file.name, "", c.num_warps, c.shared_bytes, c.launch_pdl), file)
+    kernels = load_here(sources, here())
     print(f"{len(kernels)} kernels compiled")
     results = []
     for problem in todo:

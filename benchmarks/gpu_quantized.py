@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import BF16, CACHE_BYTES, F32, I32, MATRIX_RATE, MODELS, PAGE, READ_RATE, S1, N, P, S, T, batch, microseconds
+from gpu_kernels import BF16, CACHE_BYTES, F32, I32, MATRIX_RATE, MODELS, PAGE, READ_RATE, S1, N, P, S, T, batch, here
 
 import ingot.ops.library  # noqa: F401  (a claimant too)
 from ingot.artifacts.gate import bind, relative, states
-from ingot.artifacts.launch_cuda import load
-from ingot.artifacts.plan import Kernel
-from ingot.compiler.codegen.triton import compile_sources
+from ingot.compiler.codegen.emit import load_here
+from ingot.compiler.measure import cuda_seconds
 from ingot.ops import OPS, formats
 from ingot.ops import triton as families
 from ingot.ops.dims import evaluate
 from ingot.ops.dummy import generate
 from ingot.ops.kernel import Call, Candidate, Steps, Tensor, claimants
 from ingot.ops.quantize import LARGEST
-from ingot.ops.target import Target, gpu
+from ingot.ops.target import Target
 
 MODEL = MODELS["llama-3.1-8b"]
 WEIGHTS: dict[str, tuple[str, str] | None] = {
@@ -142,7 +139,7 @@ def measure(
         run()
         if expected is not None:
             errors[candidate.name] = relative(outputs[0], expected)
-        figures[candidate.name] = microseconds([bind(candidate, call, i, sizes, loaded)[1] for i in rounds])
+        figures[candidate.name] = 1e6 * cuda_seconds([bind(candidate, call, i, sizes, loaded)[1] for i in rounds])
     weight = call.args.get("weight")
     flops = 2.0 * steps.max_tokens * weight.shape[0] * call.args["x"].shape[1] if weight is not None else 0.0
     rate = MATRIX_RATE * (1 if call.args.get("activation", "none") == "none" else 2)
@@ -162,9 +159,8 @@ def main() -> None:
     args = parser.parse_args()
     ends = time.monotonic() + args.seconds
     families.load()
-    target, device = gpu(), torch.cuda.get_device_name()
-    assert target is not None
-    known = json.loads(args.results.read_text()) if args.results.exists() else {"device": device, "results": []}
+    target, device = here(), torch.cuda.get_device_name()
+    known: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {"device": device, "results": []}
     assert known["device"] == device, f"{args.results} is of a {known['device']}"
     done = {r["problem"] for r in known["results"]}
     todo = [p for p in problems() if p[0] not in done and all(w in p[0].split() for w in args.only.split())]
@@ -174,12 +170,7 @@ def main() -> None:
             break
         candidates = [claimants(call, steps, target) for _, call, steps, *_ in some]
         sources = list({x.source: None for found in candidates for c in found for x in c.launches if x.source.backend == "triton"})
-        kernels: dict[Any, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for source, c in zip(sources, compile_sources(sources, target, os.cpu_count() or 1), strict=True):
-                file = Path(folder) / f"{c.name}.cubin"
-                file.write_bytes(c.binary)
-                kernels[source] = load(Kernel(c.name, source.family, "triton", c.symbol, file.name, "", c.num_warps, c.shared_bytes, c.launch_pdl), file)
+        kernels = load_here(sources, target)
         for problem, found in zip(some, candidates, strict=True):
             if time.monotonic() > ends:
                 break

@@ -11,22 +11,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import here
 
 import ingot.ops.library  # noqa: F401  (a claimant too)
 from ingot.artifacts import gate
-from ingot.artifacts.launch_cuda import load
-from ingot.artifacts.plan import Kernel
-from ingot.compiler.codegen.triton import compile_sources
+from ingot.compiler.codegen.emit import load_here
 from ingot.compiler.measure import Stopwatch
 from ingot.ops import triton as families
 from ingot.ops.kernel import Call, Candidate, Steps, Tensor, claimants
-from ingot.ops.target import SHARED_MEMORY_BYTES, gpu
+from ingot.ops.target import SHARED_MEMORY_BYTES
 
 BF16 = torch.bfloat16
 SHAPES = {"qwen3-0.6b": (1024, 4096, 2048, 3072), "llama-3.1-8b": (4096, 6144, 4096, 14336)}  # hidden, qkv rows, o columns, intermediate
@@ -55,7 +52,7 @@ def widen() -> None:
     """Replace the families' short lists of tiles by wide grids."""
     from ingot.ops.triton import linear
 
-    linear.GEMV_TILES = tuple(itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)))  # type: ignore[assignment]
+    linear.GEMV_TILES = tuple(itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)))
     linear.GEMV_TILES = tuple(t for t in linear.GEMV_TILES if t[0] > 1 and 32 <= t[0] * t[1] / (32 * t[2]) <= 64)
     grid = [(n, k, w, s) for n in (16, 32, 64, 128) for k in (64, 128, 256) for w in (4, 8) for s in (3, 4, 6, 8) if n * k * s in (24576, 32768, 49152, 65536)]
     linear.FEW_ROWS = tuple(linear.Tile(16, *t) for t in grid)
@@ -69,21 +66,14 @@ def main() -> None:
     args = parser.parse_args()
     families.load()
     widen()
-    target, device = gpu(), torch.device("cuda")
-    assert target is not None
+    target, device = here(), torch.device("cuda")
     todo: list[tuple[str, Call, Steps, list[Candidate]]] = []
     for model, shape in SHAPES.items():
         for rows in map(int, args.rows.split(",")):
             steps = Steps(rows, rows, 1, rows, True)
             todo += [(f"{model} {name} {rows}", call, steps, claimants(call, steps, target)) for name, call in calls(*shape).items()]
     sources = list({launch.source: None for *_, found in todo for c in found for launch in c.launches if launch.source.backend != "torch"})
-    emitted: dict[Any, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for source, c in zip(sources, compile_sources(sources, target, os.cpu_count() or 1), strict=True):
-            file = Path(folder) / f"{c.name}.cubin"
-            file.write_bytes(c.binary)
-            kernel = Kernel(c.name, source.family, "triton", c.symbol, file.name, "", c.num_warps, c.shared_bytes, c.launch_pdl)
-            emitted[source] = load(kernel, file)
+    emitted = load_here(sources, target)
     print(len(emitted), "kernels")
     results = {}
     for name, call, steps, found in todo:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ingot.artifacts.artifact import Artifact
 from ingot.compiler.build import CompileOptions, compile_model
+from ingot.compiler.measure import event_seconds
 from ingot.runtime.batch import StepBatch, StepSize
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
@@ -40,11 +40,11 @@ def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> S
     arrays["logits_rows"][:] = range(num_new - 1, num_seqs * num_new, num_new)
     for group, _, _ in executor.layout.page_groups:
         info = executor.info.groups[group]
-        size, used = info.page_size, -(-length // info.page_size)
+        page, used = info.page_size, -(-length // info.page_size)
         pages = torch.randperm(info.num_units, generator=generator)[: num_seqs * used].view(num_seqs, used)
         arrays[f"page_table_{group}"][:, :used] = pages.numpy()
         place = torch.arange(context, length)
-        arrays[f"slot_mapping_{group}"][:] = (pages[:, place // size] * size + place % size).flatten().numpy()
+        arrays[f"slot_mapping_{group}"][:] = (pages[:, place // page] * page + place % page).flatten().numpy()
     arrays["positions"][:] = list(range(context, length)) * num_seqs
     return batch
 
@@ -53,14 +53,7 @@ def measure(executor: Executor, batch: StepBatch) -> dict[str, Any]:
     for _ in range(3):
         executor.logits(batch)
     torch.cuda.synchronize()
-    times = []
-    for _ in range(REPEATS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        executor.logits(batch)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
+    whole = event_seconds(lambda: executor.logits(batch), REPEATS)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(REPEATS):
             executor.logits(batch)
@@ -74,7 +67,7 @@ def measure(executor: Executor, batch: StepBatch) -> dict[str, Any]:
     spans.sort()
     rows = sorted(((sum(t) / REPEATS, len(t) / REPEATS, name) for name, t in kernels.items()), reverse=True)
     return {
-        "event_us": round(statistics.median(times), 1),
+        "event_us": round(whole * 1e6, 1),
         "busy_us": round(sum(r[0] for r in rows), 1),
         "kernels": [{"name": n, "us": round(t, 1), "count": c, "us_each": round(t / c, 2)} for t, c, n in rows],
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ingot.runtime.records import SAMPLING, sampling_record
 from ingot.runtime.request import Request, SamplingParams, Sequence
 from ingot.runtime.sampler import Sampler
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "none": {},
     "one row with penalties": {"repetition_penalty": 1.1},
     "penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.3},
@@ -25,7 +26,7 @@ def step_of(rows: int, vocab: int, kind: str) -> tuple[StepBatch, float]:
     """A step of `rows` sequences that decode, and the milliseconds it took to pack its rules."""
     params = SamplingParams(temperature=0.8, top_p=0.95, **KINDS[kind])
     batch = StepBatch(StepLayout((), slots=False, num_samples=rows), StepSize(rows, rows, rows, 256))
-    for name in SAMPLING.names:
+    for name in SAMPLING.fields or ():
         batch.arrays[name][:] = np.frombuffer(sampling_record(params, 1) * rows, SAMPLING)[name]
     batch.arrays["logits_rows"][:] = np.arange(rows)
     prompt = np.random.default_rng(0).integers(0, vocab, 500).tolist()

@@ -11,23 +11,21 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import here
 from kernel_profile import batch_of
 
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.gate import relative
-from ingot.artifacts.launch_cuda import load
 from ingot.artifacts.plan import Kernel, Variant
 from ingot.compiler.build import CompileOptions, compile_model
+from ingot.compiler.codegen.emit import described, load_here
 from ingot.compiler.codegen.persistent import SYMBOL, layers, persistent
-from ingot.compiler.codegen.triton import compile_source
+from ingot.compiler.measure import event_seconds
 from ingot.ops.kernel import Source
-from ingot.ops.target import gpu
 from ingot.runtime.bind import tickets
 from ingot.runtime.cuda_graph import capture
 from ingot.runtime.executor import Executor
@@ -39,23 +37,14 @@ REPEATS = 20
 
 def source_of(artifact: Artifact, kernel: Kernel) -> Source:
     """What a kernel was compiled from, as the artifact tells it."""
-    head, _, text = artifact.path(kernel.source).read_text().partition("\n")
-    facts = json.loads(head.removeprefix("# kernel: "))
+    facts, text = described(artifact.path(kernel.source).read_text())
     constants = {name: ast.literal_eval(value) for name, value in facts["constants"].items()}
     return Source(kernel.family, "triton", kernel.symbol, text, facts["signature"], constants, num_warps=kernel.num_warps)
 
 
 def microseconds(graph: torch.cuda.CUDAGraph) -> float:
     """Median time of a replay."""
-    times = []
-    for _ in range(REPEATS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return round(statistics.median(times), 1)
+    return round(event_seconds(graph.replay, REPEATS) * 1e6, 1)
 
 
 def resident(function: Any) -> int:
@@ -69,26 +58,21 @@ def measure(executor: Executor, variant: Variant, sources: dict[str, Source], co
     """Microseconds of the step as it is, and with layers of each number and size of programs that fits."""
     batch = batch_of(executor, variant.max_tokens, 1, context)
     expected = executor.logits(batch).clone()  # leaves the step's inputs on the device
-    target, count = gpu(), torch.cuda.get_device_properties(0).multi_processor_count
-    assert target is not None
+    count = torch.cuda.get_device_properties(0).multi_processor_count
 
     def graph_of(plan: Variant) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         bound = executor._bind_part(plan, batch.padded, slice(None))
         return capture(bound, torch.cuda.graph_pool_handle(), torch.cuda.Stream()), bound.results[0]
 
-    before = executor._roots["the tickets"]  # graphs captured at start draw from it
-    executor._roots |= tickets([persistent(variant, sources, count)[0]], executor.device)
+    more = tickets([persistent(variant, sources, count)[0]], executor.device)
+    before = {name: executor._roots[name] for name in more}  # graphs captured at start draw from it
+    executor._roots |= more
     graph, _ = graph_of(variant)
     repeated = layers(variant)
     found: dict[str, Any] = {"launches_a_layer": repeated[0].stop - repeated[0].start, "as_compiled_us": microseconds(graph), "persistent": []}
     for each, warps in PROGRAMS:
         joined, source = persistent(variant, sources, each * count, num_warps=warps)
-        compiled = compile_source(source, target)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "layer.cubin"
-            path.write_bytes(compiled.binary)
-            kernel = Kernel(SYMBOL, source.family, "triton", compiled.symbol, path.name, "", compiled.num_warps, compiled.shared_bytes, compiled.launch_pdl)
-            function = load(kernel, path)
+        function = load_here([source], here())[source]
         point: dict[str, Any] = {"programs": each * count, "warps": warps}
         found["persistent"].append(point)
         if resident(function) < each * count:
@@ -100,7 +84,7 @@ def measure(executor: Executor, variant: Variant, sources: dict[str, Source], co
         torch.cuda.synchronize()
         point |= {"us": microseconds(graph), "error": relative(logits[: batch.size.num_rows], expected)}
         print(point, flush=True)
-    executor._roots["the tickets"] = before
+    executor._roots |= before
     return found
 
 

@@ -106,7 +106,7 @@ def main() -> None:
         return
     target, begin = resolve("auto"), time.monotonic()
     path = args.results or HERE / "results" / f"{datetime.date.today()}-{slug(target.device)}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"device": target.device, "models": {}}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"device": target.device, "models": {}}
     for config in args.configs:
         name = config.name + (f"-{args.suffix}" if args.suffix else "")
         figures = results["models"].setdefault(name, {})

@@ -37,10 +37,10 @@ class Stopwatch:
     def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
         """Of one run. `kernels`: one a launch, None for library calls."""
         runs = [gate.bind(candidate, self._call, inputs, self._sizes, kernels)[1] for inputs in self._inputs]
-        return _cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0])
+        return cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0])
 
 
-def _cuda_seconds(runs: Sequence[Callable[[], None]]) -> float:
+def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:
     """Median time of one of `runs` in a CUDA graph of at least ten, since that is how they will be replayed."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -53,14 +53,19 @@ def _cuda_seconds(runs: Sequence[Callable[[], None]]) -> float:
         for i in range(count):
             runs[i % len(runs)]()
         graph.capture_end()
+    return event_seconds(graph.replay) / count
+
+
+def event_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median time that the device takes for what `run` enqueues."""
     times = []
-    for _ in range(5):
+    for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        run()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / count)
+        times.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(times)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ingot.artifacts.bound import Loaded, load
 from ingot.artifacts.files import writing
@@ -101,7 +102,7 @@ class Emitter:
 
     def _finish(self, source: Source, name: str) -> tuple[Kernel, Loaded | None]:
         suffix = "cubin" if self.target.kind == "cuda" else "so"
-        facts = json.loads(self._texts[name].partition("\n")[0].removeprefix(_HEADER))
+        facts, _ = described(self._texts[name])
         launch = {k: facts[k] for k in ("symbol", "num_warps", "shared_bytes", "launch_pdl") if k in facts}
         kernel = Kernel(name=name, family=source.family, backend=source.backend, file=f"kernels/{name}.{suffix}", source=f"kernels/{name}.py", **launch)  # type: ignore[arg-type]
         if not self.runs_here:
@@ -111,3 +112,18 @@ class Emitter:
             with writing(path):
                 path.write_bytes(self._binaries[name])
         return kernel, load(kernel, path)
+
+
+def described(text: str) -> tuple[dict[str, Any], str]:
+    """Of a kernel's text in the store or in an artifact: what a launch needs to know, and what was compiled."""
+    head, _, source = text.partition("\n")
+    return json.loads(head.removeprefix(_HEADER)), source
+
+
+def load_here(sources: Iterable[Source], target: Target) -> dict[Source, Loaded]:
+    """Compiled, or from the store's cache, and loaded on this machine, which must have the target."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder,
+        Emitter(target, Store(settings().home), Path(folder), lambda done, of: None) as emitter,
+    ):
+        return {source: loaded for source, (_, loaded) in emitter(sources).items() if loaded is not None}

@@ -135,10 +135,18 @@ class Tile:
 
 
 # best first where the weight is narrow, last where it is very wide (an LM head); of up to 16 and 64 rows by benchmarks/gpu_tiles.py
-GEMV_TILES = ((4, 1024, 4), (2, 2048, 8), (4, 1024, 2), (2, 4096, 4), (4, 2048, 8), (4, 4096, 8), (8, 1024, 4))  # rows of the weight, columns, warps
-FEW_ROWS = (Tile(16, 16, 256, 4, 6), Tile(16, 32, 256, 4, 6), Tile(16, 64, 128, 4, 8), Tile(16, 32, 128, 4, 8), Tile(16, 64, 256, 4, 4))
+GEMV_TILES: tuple[tuple[int, int, int], ...] = (
+    (4, 1024, 4),
+    (2, 2048, 8),
+    (4, 1024, 2),
+    (2, 4096, 4),
+    (4, 2048, 8),
+    (4, 4096, 8),
+    (8, 1024, 4),
+)  # rows of the weight, columns, warps
+FEW_ROWS: tuple[Tile, ...] = (Tile(16, 16, 256, 4, 6), Tile(16, 32, 256, 4, 6), Tile(16, 64, 128, 4, 8), Tile(16, 32, 128, 4, 8), Tile(16, 64, 256, 4, 4))
 MORE_ROWS = (Tile(32, 32, 256, 4, 6), Tile(32, 32, 128, 4, 8), Tile(32, 16, 256, 4, 6), Tile(32, 64, 128, 4, 6), Tile(32, 64, 256, 4, 4))
-SOME_ROWS = (Tile(64, 32, 128, 4, 6), Tile(64, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 8), Tile(64, 64, 256, 4, 3))
+SOME_ROWS: tuple[Tile, ...] = (Tile(64, 32, 128, 4, 6), Tile(64, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 8), Tile(64, 64, 256, 4, 3))
 A_BATCH = (Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(128, 128, 64, 8, 4))
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
