@@ -73,7 +73,7 @@ def mla_attention_kernel(q_latent, q_rope, latent_cache, cu_seqlens_q, seq_lens,
         tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most before them first
         s = tl.arange(0, BLOCK_S)
         # the tokens after the last sequence are a sequence of length 0
-        tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 24) * H // BLOCK_M + s
+        tiles_before = tl.where(s <= num_seqs, tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=0) * H // BLOCK_M + s, 1 << 30)
         seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
         start = tl.load(cu_seqlens_q + seq)
         queries = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start

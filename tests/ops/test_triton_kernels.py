@@ -316,6 +316,7 @@ def mla_cases():
         "ragged": case(replace(RAGGED, page_size=64), 5, 32, 16, max_seqs=300),
         "ragged_all": case(RAGGED, 3, 24, 8, window=21, sinks=True, max_seqs=300),
         "ragged_heads": case(Batch((3, 90), (4, 5), page_size=8), 72, 16, 16, max_seqs=300),
+        "ragged_many_heads": case(Batch((3, 9), (4, 5), 2, page_size=8), 128, 16, 16, max_seqs=300),
         "ragged_listed": case(Batch((0, 40, 0), (9, 1, 3), 2), 6, 32, 0, k=20, sinks=True, max_seqs=300),
         "ragged_split": case(Batch((75, 0, 5), (3, 0, 2), 1), 4, 32, 16, max_seqs=60),
     }
