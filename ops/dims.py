@@ -28,6 +28,12 @@ def product(a: Dim, b: Dim) -> Dim:
     return {n: c * factor for n, c in form.items()}
 
 
+def plus(a: Dim, b: Dim, factor: int = 1) -> Dim:
+    """a + factor · b."""
+    forms = [x if isinstance(x, dict) else {"": x} for x in (a, product(b, factor))]
+    return {n: forms[0].get(n, 0) + forms[1].get(n, 0) for n in (*forms[0], *(m for m in forms[1] if m not in forms[0]))}
+
+
 def show(dim: Dim) -> str:
     """`2T+1`."""
     if isinstance(dim, int):

@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dims import product
+from ..dims import plus, product
 from ..kernel import Call, Candidate, Operand, Steps, Tensor, claims
 from ..quantize import LARGEST
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import tanh
+from .ragged import tile_of, tiles_of
 from .source import FLOATS, launch, power_of_two, supported
 
 PROGRAMS = 264
@@ -101,11 +102,7 @@ def attention_kernel(q, k_cache, v_cache, k_scale, v_scale, cu_seqlens_q, seq_le
         start = tl.load(cu_seqlens_q + seq)
         begin = 0
     else:
-        s = tl.arange(0, BLOCK_S)
-        tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 30) // BLOCK_Q + s
-        seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
-        start = tl.load(cu_seqlens_q + seq)
-        begin = (tile - start // BLOCK_Q - seq) * BLOCK_Q
+        seq, start, begin = tile_of(tile, cu_seqlens_q, num_seqs, 1, BLOCK_Q, BLOCK_S)
     queries = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start
     length = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
     for first in range(begin, queries if DECODE else tl.minimum(queries, begin + 1), BLOCK_Q):
@@ -267,9 +264,9 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
     found = []
     for rank, t in enumerate(tiles(steps.max_num_new * group if decode else None, target, group, block_e, block_f, q.dtype.itemsize)):
         block_q = t.m // group
-        numbered = (plus(seqs, 1), 1) if decode else (plus(tokens, seqs, block_q), block_q)
+        numbered = (plus(seqs, 1), 1) if decode else tiles_of(tokens, seqs, block_q)
         blocks = constants | {"BLOCK_M": t.m, "BLOCK_N": t.n} | ({} if splits > 1 else {"lse": None})
-        functions = [attention_kernel, attend, tanh]
+        functions = [attention_kernel, tile_of, attend, tanh]
         first = launch(call, functions, inputs | per_head | outputs | sizes, blocks, (numbered, (kv_heads, 1), (splits, 1)),
                        scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
         launches = [first]
@@ -279,9 +276,3 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
             launches.append(launch(call, [combine_kernel, combine], operands, small, ((tokens, 1), (heads, 1)), scratch=scratch))
         found.append(Candidate(f"{'decode' if decode else 'ragged'}_{t}" + (f"_split{splits}" if splits > 1 else ""), tuple(launches), scratch, rank))
     return found
-
-
-def plus(a: Any, b: Any, factor: int = 1) -> Any:
-    """a + factor · b of two sizes."""
-    forms = [x if isinstance(x, dict) else {"": x} for x in (a, product(b, factor))]
-    return {n: forms[0].get(n, 0) + forms[1].get(n, 0) for n in (*forms[0], *(m for m in forms[1] if m not in forms[0]))}

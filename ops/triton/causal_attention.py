@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ..kernel import Call, Candidate, Operand, Steps, claims
 from ..target import SHARED_MEMORY_BYTES, Target
-from .attention import Tile, plus
+from .attention import Tile
+from .ragged import tile_of, tiles_of
 from .source import launch, power_of_two, supported
 
 
@@ -66,12 +67,7 @@ def causal_attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_ta
     LOG2E: tl.constexpr = 1.4426950408889634
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    s = tl.arange(0, BLOCK_S)
-    # the tokens after the last sequence are a sequence of length 0
-    tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 30) // BLOCK_Q + s
-    seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
-    start = tl.load(cu_seqlens_q + seq)
-    begin = (tile - start // BLOCK_Q - seq) * BLOCK_Q
+    seq, start, begin = tile_of(tile, cu_seqlens_q, num_seqs, 1, BLOCK_Q, BLOCK_S)
     queries = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start
     if begin < queries:
         length = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
@@ -132,7 +128,7 @@ def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate
         block_q = t.m // group
         constants = {"H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "SCALE": args["scale"], "BLOCK_M": t.m, "BLOCK_N": t.n,
                      "BLOCK_S": power_of_two(steps.max_seqs + 1)}  # fmt: skip
-        one = launch(call, [causal_attention_kernel, fold], operands, constants, ((plus(tokens, seqs, block_q), block_q), (kv_heads, 1)),
+        one = launch(call, [causal_attention_kernel, tile_of, fold], operands, constants, (tiles_of(tokens, seqs, block_q), (kv_heads, 1)),
                      num_warps=t.warps, num_stages=t.stages)  # fmt: skip
         found.append(Candidate(f"causal_{t}", (one,), rank=-1 + len(found) / 10))
     return found

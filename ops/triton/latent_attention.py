@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dims import product
+from ..dims import plus, product
 from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
 from ..target import SHARED_MEMORY_BYTES, Target
-from .attention import MAX_SPLITS, PROGRAMS, combine, combine_kernel, plus
+from .attention import MAX_SPLITS, PROGRAMS, combine, combine_kernel
 from .prefetch import prefetch_rows
+from .ragged import tile_of, tiles_of
 from .rotary import rotation, style_constants
 from .sampling import key_of
 from .source import FLOATS, launch, most, power_of_two, supported
@@ -71,16 +72,11 @@ def mla_attention_kernel(q_latent, q_rope, latent_cache, cu_seqlens_q, seq_lens,
         length = origin + 1
     else:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most before them first
-        s = tl.arange(0, BLOCK_S)
-        # the tokens after the last sequence are a sequence of length 0
-        tiles_before = tl.where(s <= num_seqs, tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=0) * H // BLOCK_M + s, 1 << 30)
-        seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
-        start = tl.load(cu_seqlens_q + seq)
+        seq, start, first = tile_of(tile, cu_seqlens_q, num_seqs, H, BLOCK_M, BLOCK_S)
         queries = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start
         length = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
         base = start * H
         count = queries * H
-        first = (tile - start * H // BLOCK_M - seq) * BLOCK_M
         origin = length - queries
     if first < count:
         low = 0
@@ -431,7 +427,7 @@ def mla_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     sizes = {"num_tokens": Operand(size=tokens), "num_seqs": Operand(size=seqs), "num_columns": Operand(size=columns)}
     found = []
     for rank, t in enumerate(tiles(heads if of_token else steps.max_tokens * heads, target, topk > 0, block_l, block_r, q_latent.dtype.itemsize)):
-        numbered = ((tokens, 1), (heads, t.m)) if of_token else ((plus(product(tokens, heads), seqs, t.m), t.m), (1, 1))
+        numbered = ((tokens, 1), (heads, t.m)) if of_token else (tiles_of(tokens, seqs, t.m, heads), (1, 1))
         programs = (steps.max_seqs if exact else steps.max_tokens) * -(-heads // t.m) if of_token else steps.max_tokens * heads // t.m + steps.max_seqs
         constants: dict[str, Any] = {
             "H": heads, "L": width, "R": r, "PAGE": page_size, "TOPK": topk, "SCALE": args["scale"], "WINDOW": args["window"], "BLOCK_M": t.m, "BLOCK_N": t.n,
@@ -440,7 +436,7 @@ def mla_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         }  # fmt: skip
         for splits in [1] if steps.deterministic else _splits(programs, MAX_SPLITS):
             grid = (*numbered, (splits, 1))
-            functions = [mla_attention_kernel, place_of, prefetch_rows]
+            functions = [mla_attention_kernel, tile_of, place_of, prefetch_rows]
             name = f"{'tokens' if of_token else 'ragged'}_{t}"
             if splits == 1:
                 one = launch(call, functions, inputs | {"out": Operand(out=0)} | sizes, constants | {"lse": None, "SPLITS": 1}, grid,

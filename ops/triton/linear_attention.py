@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..kernel import Call, Candidate, Operand, Steps, Tensor, claims
 from ..target import Target
-from .attention import plus
+from .ragged import tile_of, tiles_of
 from .sequences import aligned, decodes, operands, recurrent, sequence, sequences
 from .source import launch, power_of_two
 from .state_space import chunked, stages
@@ -92,13 +92,9 @@ def delta_inverse_kernel(k, g, beta, cu_seqlens_q, inverse, num_tokens, num_seqs
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    tile = tl.program_id(0)
     head = tl.program_id(1)
-    s = tl.arange(0, BLOCK_S)
-    tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 30) // CHUNK + s
-    seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
-    start = tl.load(cu_seqlens_q + seq)
-    first = start + (tile - start // CHUNK - seq) * CHUNK
+    seq, start, begin = tile_of(tl.program_id(0), cu_seqlens_q, num_seqs, 1, CHUNK, BLOCK_S)
+    first = start + begin
     end = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens)
     HELD: tl.constexpr = tl.bfloat16 if k.dtype.element_ty == tl.bfloat16 else tl.float32
     if (first < end) & (seq < num_seqs):
@@ -188,8 +184,8 @@ def gated_delta_rule(call: Call, steps: Steps, target: Target) -> list[Candidate
             inverts = {n: given[n] for n in ("k", "g", "beta", "cu_seqlens_q")} | {"inverse": Operand(scratch=0)}
             inverts |= {n: given[n] for n in ("num_tokens", "num_seqs", "k_pitch", "g_pitch", "beta_pitch")}
             tile = {n: c for n, c in of_chunk.items() if n != "F"} | {"BLOCK_S": power_of_two(steps.max_seqs + 1)}
-            grid = ((plus(tokens, seqs, chunk), chunk), (heads, 1))
-            first = launch(call, [delta_inverse_kernel, joined, keys_of, aligned], inverts, tile, grid, scratch=scratch)
+            grid = (tiles_of(tokens, seqs, chunk), (heads, 1))
+            first = launch(call, [delta_inverse_kernel, tile_of, joined, keys_of, aligned], inverts, tile, grid, scratch=scratch)
             walks, grid = given | {"inverse": Operand(scratch=0)}, (sequences(call, steps), (heads, 1), (f, block_f))
             functions = [delta_chunk_kernel, keys_of, aligned, sequence]
             second = launch(call, functions, walks, of_chunk | {"BLOCK_F": block_f}, grid, scratch=scratch, num_warps=warps, num_stages=stages(target, block_e))

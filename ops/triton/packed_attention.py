@@ -11,9 +11,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..dims import plus
 from ..kernel import Call, Candidate, Operand, Steps, claims
 from ..target import Target
-from .attention import plus, tiles
+from .attention import tiles
+from .ragged import tile_of, tiles_of
 from .source import FLOATS, launch, power_of_two, supported
 
 
@@ -23,13 +25,8 @@ def packed_attention_kernel(q, k, v, cu_seqlens_q, out, num_tokens, num_seqs, H:
                             BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = H // K
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    s = tl.arange(0, BLOCK_S)
-    tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 30) // BLOCK_Q + s
-    seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
-    start = tl.load(cu_seqlens_q + seq)
-    begin = (tile - start // BLOCK_Q - seq) * BLOCK_Q
+    seq, start, begin = tile_of(tl.program_id(0), cu_seqlens_q, num_seqs, 1, BLOCK_Q, BLOCK_S)
     queries = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start
     keys = tl.where(seq < num_seqs, queries, 0)
     m = tl.arange(0, BLOCK_M)
@@ -92,8 +89,8 @@ def packed_attention(call: Call, steps: Steps, target: Target) -> list[Candidate
     found = []
     for rank, t in enumerate(tiles(None, target, group, block_e, block_f, q.dtype.itemsize)):
         block_q = t.m // group
-        grid = ((plus(tokens, seqs, block_q), block_q), (kv_heads, 1))
+        grid = (tiles_of(tokens, seqs, block_q), (kv_heads, 1))
         blocks = constants | {"BLOCK_M": t.m, "BLOCK_N": t.n}
-        one = launch(call, [packed_attention_kernel], operands, blocks, grid, num_warps=t.warps, num_stages=t.stages)
+        one = launch(call, [packed_attention_kernel, tile_of], operands, blocks, grid, num_warps=t.warps, num_stages=t.stages)
         found.append(Candidate(str(t), (one,), rank=rank))
     return found

@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dims import Dim
+from ..dims import Dim, plus
 from ..kernel import Call, Operand, Steps
-from .attention import plus
 from .source import FLOATS, supported
 
 INDICES = ("cu_seqlens_q", "seq_lens", "state_slots")

@@ -18,7 +18,7 @@ import triton.language as tl
 from ..kernel import Call, Candidate, Steps, Tensor, claims
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import activate
-from .attention import plus
+from .ragged import tile_of, tiles_of
 from .sequences import aligned, decodes, operands, recurrent, sequence, sequences, softplus
 from .source import launch, power_of_two
 
@@ -30,12 +30,8 @@ def conv_kernel(x, weight, bias, conv_state, cu_seqlens_q, seq_lens, state_slots
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    tile = tl.program_id(0)
-    s = tl.arange(0, BLOCK_S)
-    tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 30) // BLOCK_T + s
-    seq = tl.sum((tiles_before <= tile).to(tl.int32)) - 1
+    seq, start, first = tile_of(tl.program_id(0), cu_seqlens_q, num_seqs, 1, BLOCK_T, BLOCK_S)
     start, end, slot, fresh = sequence(seq, cu_seqlens_q, seq_lens, state_slots, num_tokens, num_seqs, False)
-    first = (tile - start // BLOCK_T - seq) * BLOCK_T
     if first < end - start:
         i = first + tl.arange(0, BLOCK_T)
         c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -110,7 +106,7 @@ def causal_conv1d(call: Call, steps: Steps, target: Target) -> list[Candidate]:
             continue
         block_t, block_c = min(16, power_of_two(steps.max_tokens)), block // 2
         tiled = constants | {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_S": power_of_two(steps.max_seqs + 1)}
-        of_tokens = launch(call, [conv_kernel, aligned, sequence, activate], given, tiled, ((plus(tokens, seqs, block_t), block_t), (channels, block_c)))
+        of_tokens = launch(call, [conv_kernel, tile_of, aligned, sequence, activate], given, tiled, (tiles_of(tokens, seqs, block_t), (channels, block_c)))
         found.append(Candidate(f"t{block_t}_c{block_c}", (of_tokens, of_states), rank=rank))
     return found
 

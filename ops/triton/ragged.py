@@ -1,0 +1,26 @@
+"""Tiles of a ragged batch: each sequence's tokens in tiles of their own, numbered over the batch; a program finds its sequence in `cu_seqlens_q`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..dims import Dim, plus, product
+
+
+@triton.jit
+def tile_of(tile, cu_seqlens_q, num_seqs, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The sequence of a tile of BLOCK rows, its first token, and the tile's first row in it; a token has ROWS rows.
+
+    BLOCK_S is more than the most sequences. The tokens after the last sequence are one more, and a tile may have no row of its sequence.
+    """
+    s = tl.arange(0, BLOCK_S)
+    tiles_before = tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=0) * ROWS // BLOCK + s
+    seq = tl.sum(((s <= num_seqs) & (tiles_before <= tile)).to(tl.int32)) - 1
+    start = tl.load(cu_seqlens_q + seq)
+    return seq, start, (tile - start * ROWS // BLOCK - seq) * BLOCK
+
+
+def tiles_of(tokens: Dim, seqs: Dim, block: int, rows: int = 1) -> tuple[Dim, int]:
+    """The grid's axis over tiles of `block` rows."""
+    return plus(product(tokens, rows), seqs, block), block
