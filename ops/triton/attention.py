@@ -226,10 +226,12 @@ def tiles(rows: int | None, target: Target, group: int, e: int, f: int, itemsize
     return fitting[:3] or [Tile(least, 16, 4, 1)]
 
 
-def _splits(steps: Steps, kv_heads: int) -> int:
-    """Programs a (sequence, kv head): enough that the largest step of the variant fills the GPU. They are all there at any length."""
-    wanted = max(1, PROGRAMS // (steps.max_seqs * kv_heads))
-    return min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+def most_splits(programs: int, enough: int = PROGRAMS) -> int:
+    """Into how many parts the cached tokens of each of `programs` go, those of a variant's largest step, so that there are up to `enough`.
+
+    The parts are all there at any length.
+    """
+    return min(MAX_SPLITS, 1 << max(1, enough // programs).bit_length() - 1)
 
 
 @claims("paged_attention", "triton")
@@ -246,7 +248,7 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
     block_e, block_f = max(16, power_of_two(e)), max(16, power_of_two(f))
     # a sequence brings few rows: its tile is one, and splitting the keys is what fills the GPU
     decode = steps.max_num_new * group <= 64
-    splits = _splits(steps, kv_heads) if decode else 1
+    splits = most_splits(steps.max_seqs * kv_heads) if decode else 1
     constants: dict[str, Any] = {
         "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "SCALE": args["scale"], "WINDOW": args["window"], "CHUNK": args["chunk"],
         "SOFTCAP": args["softcap"], "BLOCK_E": block_e, "BLOCK_F": block_f, "BLOCK_S": power_of_two(steps.max_seqs + 1), "SPLITS": splits,

@@ -20,7 +20,7 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants
 from ..quantize import LARGEST
 from ..target import Target
 from .activations import tanh
-from .attention import MAX_SPLITS, PROGRAMS, combine, combine_kernel
+from .attention import PROGRAMS, combine, combine_kernel, most_splits
 from .kv_cache import CACHES, scale_constants
 from .prefetch import prefetch_rows
 from .quantize import row_scale, to_eight_bits
@@ -191,8 +191,7 @@ TILES = ((64, 4, 3), (32, 4, 3), (128, 4, 2), (64, 2, 4))  # keys a block, warps
 
 def _splits(steps: Steps, kv_heads: int) -> list[int]:
     """Programs a (sequence, kv head): twice as many as fill the GPU, so that sequences of unlike lengths even out; a half, or a quarter of that."""
-    wanted = max(1, 2 * PROGRAMS // (steps.max_seqs * kv_heads))
-    most = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+    most = most_splits(steps.max_seqs * kv_heads, 2 * PROGRAMS)
     return [s for s in (most, most // 2, most // 4) if s > 1] or [1]
 
 

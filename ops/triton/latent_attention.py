@@ -21,7 +21,7 @@ import triton.language as tl
 from ..dims import plus, product
 from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
 from ..target import SHARED_MEMORY_BYTES, Target
-from .attention import MAX_SPLITS, PROGRAMS, combine, combine_kernel
+from .attention import PROGRAMS, combine, combine_kernel, most_splits
 from .prefetch import prefetch_rows
 from .ragged import tile_of, tiles_of
 from .rotary import rotation, style_constants
@@ -401,9 +401,9 @@ def tiles(rows: int, target: Target, listed: bool, width: int, r: int, itemsize:
     return fitting[:3] or [Tile(16, 16, 4, 1)]
 
 
-def _splits(programs: int, largest: int) -> list[int]:
+def _splits(programs: int) -> list[int]:
     """Programs that share a token's cached tokens, where there are so many without: enough that the largest step of the variant fills the GPU, or half."""
-    most = min(largest, 1 << max(1, PROGRAMS // programs).bit_length() - 1)
+    most = most_splits(programs)
     return [most, most // 2] if most > 1 else [1]
 
 
@@ -434,7 +434,7 @@ def mla_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
             "BLOCK_L": block_l, "BLOCK_R": block_r, "BLOCK_S": power_of_two(steps.max_seqs + 1), "BLOCK_K": power_of_two(topk), "EXACT": exact,
             "SWAP": t.swap, "THREADS": 32 * t.warps, "PRECISION": _precision(q_latent.dtype),
         }  # fmt: skip
-        for splits in [1] if steps.deterministic else _splits(programs, MAX_SPLITS):
+        for splits in [1] if steps.deterministic else _splits(programs):
             grid = (*numbered, (splits, 1))
             functions = [mla_attention_kernel, tile_of, place_of, prefetch_rows]
             name = f"{'tokens' if of_token else 'ragged'}_{t}"
@@ -529,7 +529,7 @@ def sparse_index(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     (tokens, j, d), topk = q.shape, call.args["topk"]
     seqs, columns = call.args["page_table"].shape
     exact = steps.exact and steps.max_num_new == 1
-    splits = _splits(steps.max_seqs, 8)[0] if exact else 1
+    splits = min(8, most_splits(steps.max_seqs)) if exact else 1
     programs = product(tokens, splits) if exact else LISTS
     # Triton 3.6 fails on sm_100 where tensor memory holds the scores: there 32 rows, which are too few for it
     block_n = 16 if q.dtype == torch.float32 else 32 if target.arch == 100 else 128

@@ -135,15 +135,10 @@ class Tile:
 
 
 # best first where the weight is narrow, last where it is very wide (an LM head); of up to 16 and 64 rows by benchmarks/gpu_tiles.py
+# rows of the weight, columns, warps
 GEMV_TILES: tuple[tuple[int, int, int], ...] = (
-    (4, 1024, 4),
-    (2, 2048, 8),
-    (4, 1024, 2),
-    (2, 4096, 4),
-    (4, 2048, 8),
-    (4, 4096, 8),
-    (8, 1024, 4),
-)  # rows of the weight, columns, warps
+    (4, 1024, 4), (2, 2048, 8), (4, 1024, 2), (2, 4096, 4), (4, 2048, 8), (4, 4096, 8), (8, 1024, 4),
+)  # fmt: skip
 FEW_ROWS: tuple[Tile, ...] = (Tile(16, 16, 256, 4, 6), Tile(16, 32, 256, 4, 6), Tile(16, 64, 128, 4, 8), Tile(16, 32, 128, 4, 8), Tile(16, 64, 256, 4, 4))
 MORE_ROWS = (Tile(32, 32, 256, 4, 6), Tile(32, 32, 128, 4, 8), Tile(32, 16, 256, 4, 6), Tile(32, 64, 128, 4, 6), Tile(32, 64, 256, 4, 4))
 SOME_ROWS: tuple[Tile, ...] = (Tile(64, 32, 128, 4, 6), Tile(64, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 8), Tile(64, 64, 256, 4, 3))
@@ -183,14 +178,14 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     if weights == 2 or most_rows > 256:
         return tiles
     programs = [-(-most_rows // t.m) * -(-width // t.n) for t in tiles]
-    apart = [replace(t, split=_split(p, depth // t.k)) for t, p in zip(tiles[:3], programs, strict=False)]
+    apart = [replace(t, split=split_of(p, depth // t.k, 2 * PROGRAMS)) for t, p in zip(tiles[:3], programs, strict=False)]
     apart = [t for t in apart if t.split > 1]
     return apart + tiles if programs[0] <= PROGRAMS // 2 else tiles + apart
 
 
-def _split(programs: int, blocks: int) -> int:
-    """Parts of K that fill the GPU, up to twice, with programs of two blocks of K at least."""
-    return max((s for s in (2, 4, 8) if programs * s <= 2 * PROGRAMS and blocks >= 2 * s), default=1)
+def split_of(programs: int, blocks: int, enough: int) -> int:
+    """Parts of K that make `programs` up to `enough`, each with two blocks of K at least."""
+    return max((s for s in (2, 4, 8) if programs * s <= enough and blocks >= 2 * s), default=1)
 
 
 def _gemv(call: Call) -> list[Candidate]:

@@ -13,7 +13,7 @@ from ..dims import product as product_of
 from ..kernel import Candidate, Launch, Operand, Tensor, Tickets
 from ..target import SHARED_MEMORY_BYTES
 from .activations import activate, tanh
-from .linear import PREFETCH_BYTES, PROGRAMS
+from .linear import PREFETCH_BYTES, PROGRAMS, split_of
 from .prefetch import prefetch_rows
 from .product_tile import add_and_store, finish_tile, tile_at
 from .quantized_product import CHUNK, Product
@@ -78,7 +78,7 @@ def tiles(product: Product, wanted: Tiles) -> list[Tile]:
     enough = PROGRAMS if product.rows > 64 else 3 * PROGRAMS  # what splits cost grows with the rows
     for t in found[:2]:
         programs = -(-product.rows // t.m) * -(-product.width // t.n)
-        split = max((s for s in (2, 4, 8) if programs * s <= enough and product.k >= 2 * s * t.k), default=1)
+        split = split_of(programs, product.k // t.k, enough)
         apart += [replace(t, split=split)] if split > 1 else []
     return apart + found if -(-product.width // found[0].n) <= PROGRAMS else found + apart
 

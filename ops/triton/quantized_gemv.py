@@ -13,6 +13,7 @@ from ..kernel import Candidate, Operand
 from ..quantize import LARGEST
 from .activations import activate, tanh
 from .prefetch import prefetch_rows
+from .product_tile import add_and_store
 from .quantize import row_scale
 from .quantized_product import CHUNK, KINDS, Product
 from .source import launch, power_of_two
@@ -209,18 +210,14 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
     h *= factor
     if ACT is not None:
         h = activate(h, ACT) * (u * factor)
-    if bias is not None:
-        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if residual is not None:
-        h += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + n, h.to(out.dtype.element_ty), mask=n < N)
+    add_and_store(h, bias, residual, out, n, n, n < N, N)
 
 
 def gemvs(product: Product) -> list[Candidate]:
     call, weights, k, row_bytes = product.call, product.weights, product.k, product.weights.words(product.k) * (4 if product.weights.bits == 4 else 1)
     operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale", "weight", "scale", "zero", "bias", "residual")} | {"out": Operand(out=0)}
     functions = [quantized_gemv_kernel, product_of, product_of_words, product_of_bytes, codes_of, columns_of, rounded_row, as_codes, nibble, row_scale,
-                 prefetch_rows, activate, tanh]  # fmt: skip
+                 prefetch_rows, add_and_store, activate, tanh]  # fmt: skip
     sixteen = {"sixteen": Operand(const=SIXTEEN)} if weights.bits == 4 else {}
     absent = {} if sixteen else {"sixteen": None}
     found = []

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..kernel import Call, Candidate, Operand, Steps, claims
 from ..target import Target
+from .sampling import key_of, value_of
 from .source import FLOATS, TYPES, launch, power_of_two, rows, supported
 
 MAX_WIDTH = 1024
@@ -23,8 +24,7 @@ def route_kernel(logits, weights, ids, X: tl.constexpr, K: tl.constexpr, SOFTMAX
     n = tl.arange(0, BLOCK_X)
     i = tl.arange(0, BLOCK_K)
     x = tl.load(logits + row * X + n, mask=n < X, other=float("-inf")).to(tl.float32)
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32 | (BLOCK_X - 1 - n).to(tl.int64)
+    key = key_of(x, 32).to(tl.int64) << 32 | (BLOCK_X - 1 - n).to(tl.int64)
     least = tl.full([], -(1 << 63), tl.int64)
     key = tl.where(n < X, key, least)
     taken = tl.zeros([BLOCK_K], tl.int64)
@@ -32,8 +32,7 @@ def route_kernel(logits, weights, ids, X: tl.constexpr, K: tl.constexpr, SOFTMAX
         best = tl.max(key, 0)
         taken = tl.where(i == k, best, taken)
         key = tl.where(key == best, least, key)
-    bits = (taken >> 32).to(tl.int32)
-    y = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    y = value_of((taken >> 32).to(tl.int32), 32)
     if SOFTMAX:
         largest = tl.max(x, 0)
         y = tl.exp(y - largest)
@@ -54,4 +53,4 @@ def route(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     constants = {"X": width, "K": k, "SOFTMAX": call.args["softmax"], "RENORMALIZE": call.args["renormalize"], "SCALE": call.args["scale"],
                  "BLOCK_X": power_of_two(width), "BLOCK_K": power_of_two(k)}  # fmt: skip
     operands = {"logits": Operand(arg="logits"), "weights": Operand(out=0), "ids": Operand(out=1)}
-    return [Candidate("row", (launch(call, [route_kernel], operands, constants, ((rows(logits), 1),), num_warps=1 if width <= 256 else 4),))]
+    return [Candidate("row", (launch(call, [route_kernel, key_of, value_of], operands, constants, ((rows(logits), 1),), num_warps=1 if width <= 256 else 4),))]
