@@ -474,8 +474,9 @@ def head_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         block_n, block_k = (max(16, min(size, power_of_two(whole))) for size, whole in ((n, width), (k, depth)))
         if x.dtype == torch.float32:
             block_n, block_k = min(block_n, 32), min(block_k, 32)
+        ahead = few and depth >= block_k and depth * x.dtype.itemsize % 16 == 0
         constants = {"H": heads, "N": width, "K": depth, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-                     "PREFETCH": few and depth >= block_k, "THREADS": 32 * warps, "PRECISION": _precision(x.dtype)}  # fmt: skip
+                     "PREFETCH": ahead, "THREADS": 32 * warps, "PRECISION": _precision(x.dtype)}  # fmt: skip
         one = launch(call, [head_linear_kernel, prefetch_rows], operands, constants, ((tokens, block_m), (width, block_n), (heads, 1)),
                      num_warps=warps, num_stages=stages)  # fmt: skip
         name = f"m{block_m}_n{block_n}_k{block_k}_w{warps}_s{stages}"

@@ -188,6 +188,13 @@ def split_of(programs: int, blocks: int, enough: int) -> int:
     return max((s for s in (2, 4, 8) if programs * s <= enough and blocks >= 2 * s), default=1)
 
 
+def prefetched(depth: int, bits: int, split: int, block_n: int, block_k: int) -> int:
+    """Bytes of each row's part to ask for ahead; none where parts are no multiples of 16 bytes, or the last would reach beyond its row."""
+    if depth * bits % (128 * split) or (split > 1 and depth % (split * block_k)):
+        return 0
+    return min(depth * bits // 8 // split, PREFETCH_BYTES // block_n)
+
+
 def _gemv(call: Call) -> list[Candidate]:
     width, depth, glu = _width(call), call.args["weight"].shape[1], "act" in call.args
     names = ("x", "norm_weight", "weight", "bias", "residual")
@@ -210,8 +217,7 @@ def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     num_rows = {"num_rows": Operand(size=count)}
     found = []
     for i, t in enumerate(_tiles(call, steps, target, width, depth)):
-        row_bytes = depth // t.split * x.dtype.itemsize
-        ahead = min(row_bytes, PREFETCH_BYTES // t.n) if row_bytes % 16 == 0 and t.m <= 64 else 0
+        ahead = prefetched(depth, 8 * x.dtype.itemsize, t.split, t.n, t.k) if t.m <= 64 else 0
         scratch: tuple[Tensor, ...] = ()
         shared: dict[str, Operand] = {}
         if t.split > 1:

@@ -13,7 +13,7 @@ from ..dims import product as product_of
 from ..kernel import Candidate, Launch, Operand, Tensor, Tickets
 from ..target import SHARED_MEMORY_BYTES
 from .activations import activate, tanh
-from .linear import PREFETCH_BYTES, PROGRAMS, split_of
+from .linear import PROGRAMS, prefetched, split_of
 from .prefetch import prefetch_rows
 from .product_tile import add_and_store, finish_tile, tile_at
 from .quantized_product import CHUNK, Product
@@ -87,9 +87,8 @@ def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[s
          before: tuple[Launch, ...] = (), scratch: tuple[Tensor, ...] = ()) -> Candidate:  # fmt: skip
     """The candidate of a tile: the launches `before`, which leave `scratch`, and one of the first of `functions`."""
     tokens, width = product.tokens, product.width
-    split_bytes = product.k // t.split * product.weights.bits // 8
     blocks = {"BLOCK_N": t.n, "BLOCK_M": t.m, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split, "THREADS": 32 * t.warps,
-              "PREFETCH": min(split_bytes, PREFETCH_BYTES // t.n) if product.k % (CHUNK * t.split) == 0 and t.m <= 64 else 0, **constants}  # fmt: skip
+              "PREFETCH": prefetched(product.k, product.weights.bits, t.split, t.n, t.k) if t.m <= 64 else 0, **constants}  # fmt: skip
     shared = {"partial": Operand(scratch=len(scratch)), "tickets": Operand(scratch=len(scratch) + 1)} if t.split > 1 else {}
     if shared:
         count = -(-product.rows // t.m) * -(-width // t.n)

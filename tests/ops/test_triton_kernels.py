@@ -18,6 +18,7 @@ from ingot.ops.kernel import CLAIMS, Call, Steps, Tensor, Tickets
 from ingot.ops.random_inputs import RANGES
 from ingot.ops.rotary import STYLES
 from ingot.ops.target import Target, gpu
+from ingot.ops.triton.linear import prefetched
 
 ingot.ops.triton.load()
 torch.set_num_threads(1)
@@ -808,3 +809,12 @@ def test_chunks_of_one_key_again_and_again_do_not_cancel(machine):
     outputs, run = bind(candidate, call, inputs, case.sizes, [maker.kernel(launch.source) for launch in candidate.launches])
     run()
     assert error(call, inputs, outputs, {"delta_state": before}) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("depth", "bits", "split", "block_k", "ahead"),
+    [(1024, 16, 1, 256, 512), (1024, 16, 4, 256, 512), (72, 16, 1, 64, 144), (36, 16, 1, 32, 0), (1280, 16, 4, 256, 0), (256, 4, 2, 128, 64)],
+)
+def test_what_is_asked_for_ahead_lies_in_its_row_and_is_aligned(depth, bits, split, block_k, ahead):
+    """Of 32 rows, each `depth` long: pieces begin and end at multiples of 16 bytes, and none begins beyond what is its part's."""
+    assert prefetched(depth, bits, split, 32, block_k) == ahead
