@@ -52,6 +52,7 @@ def compile_source(source: Source, target: Target) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     name = kernel_name(source, target)
     with tempfile.TemporaryDirectory(prefix="ingot-triton-") as folder, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
@@ -67,7 +68,7 @@ def compile_source(source: Source, target: Target) -> Compiled:
             raise TritonCompileError(f"{name}: {', '.join(unbound)} must be in exactly one of signature and constants")
         signature = {p: source.signature.get(p, "constexpr") for p in fn.arg_names}
         aligned = [i for i, (p, t) in enumerate(signature.items()) if t.startswith("*") or p in source.divisible]
-        ast = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        ast = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
         options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "launch_pdl": overlaps}
         try:
             kernel = triton.compile(ast, target=GPUTarget("cuda", target.arch, 32), options=options)

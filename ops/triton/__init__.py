@@ -7,6 +7,7 @@ import importlib
 FAMILIES = (
     "attention",
     "causal_attention",
+    "warpgroup_attention",
     "decode_attention",
     "embedding",
     "glu",

@@ -107,6 +107,17 @@ def _shared_bytes(tile: Tile, e: int, f: int) -> int:
 TILES = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 3))
 
 
+def is_plain(call: Call, steps: Steps) -> bool:
+    """Whether there is nothing between score and softmax, no quantized cache, heads of a power of two, and more rows than a decode step's."""
+    args = call.args
+    q, k_cache, v_cache = args["q"], args["k_cache"], args["v_cache"]
+    e, f = k_cache.shape[3], v_cache.shape[3]
+    plain = args["alibi_slopes"] is None and not (args["window"] or args["chunk"] or args["softcap"])
+    halves = q.dtype != torch.float32 and q.dtype == k_cache.dtype == v_cache.dtype
+    many = steps.max_num_new * q.shape[1] // k_cache.shape[1] > 64
+    return supported(call) and plain and halves and many and power_of_two(e) == e and power_of_two(f) == f and min(e, f) >= 16
+
+
 @claims("paged_attention", "triton")
 def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     args = call.args
@@ -114,9 +125,7 @@ def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate
     tokens, heads, e = q.shape
     kv_heads, page_size, f = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     group = heads // kv_heads
-    plain = args["alibi_slopes"] is None and not (args["window"] or args["chunk"] or args["softcap"])
-    halves = q.dtype != torch.float32 and q.dtype == k_cache.dtype == v_cache.dtype
-    if not (supported(call) and plain and halves) or steps.max_num_new * group <= 64 or power_of_two(e) != e or power_of_two(f) != f or min(e, f) < 16:
+    if not is_plain(call, steps):
         return []
     seqs, columns = args["page_table"].shape
     operands = {n: Operand(arg=n) for n in ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "page_table", "sinks")}

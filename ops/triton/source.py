@@ -23,6 +23,10 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+GLUON = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+"""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,7 +54,8 @@ def launch(call: Call, functions: Sequence[JITFunction], operands: Mapping[str, 
 
 def text(*functions: JITFunction) -> str:
     """A module that holds the jitted functions and nothing else."""
-    return "\n\n".join(["import triton\nimport triton.language as tl\n", *(_source(f.fn) for f in reversed(functions))])
+    header = GLUON if functions[0].is_gluon() else "import triton\nimport triton.language as tl\n"
+    return "\n\n".join([header, *(_source(f.fn) for f in reversed(functions))])
 
 
 @functools.cache
