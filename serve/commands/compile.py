@@ -21,14 +21,14 @@ def compile_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print path, key and report as JSON.")] = False,
 ) -> None:
     """Compile a model for a target, unless the store has it already."""
-    from ingot.artifacts.artifact import Artifact
-    from ingot.artifacts.gate_record import notice
     from ingot.ops.garbage import uncollected
 
     from ..process import age
     from ..progress import StageBar, print_seconds
 
     with uncollected():
+        from ingot.artifacts.artifact import Artifact
+        from ingot.artifacts.gate_record import notice
         from ingot.compiler.build import CompileOptions, compile_model
     gc.freeze()  # modules stay
     imported = age()
