@@ -29,7 +29,10 @@ def compile_command(
     with uncollected():
         from ingot.artifacts.artifact import Artifact
         from ingot.artifacts.gate_record import notice
-        from ingot.compiler.build import CompileOptions, compile_model
+        from ingot.models.lean import lean
+
+        with lean():
+            from ingot.compiler.build import CompileOptions, compile_model
     gc.freeze()  # modules stay
     imported = age()
     with StageBar(f"compiling {model}") as bar:
