@@ -19,6 +19,7 @@ def about(artifact: Artifact, floor: Floor) -> dict[str, Any]:
         "quantize": manifest.options.quantize,
         "bandwidth_gb_per_s": floor.rates.bandwidth / 1e9,
         "tflop_per_s": floor.rates.flops / 1e12,
+        "tflop_per_s_of_codes": {kind: rate / 1e12 for kind, rate in floor.rates.codes.items()},
         "rates": floor.rates.source,
         "weight_bytes_per_step": floor.weight_bytes,
         "kv_bytes_per_token": sum(a.nbytes for a in floor.attention),

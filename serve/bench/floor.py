@@ -31,7 +31,7 @@ MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear",
 class Product:
     """Matrices [X, …] of `elements` in all, `nbytes` large, of which each of `rows` rows is multiplied by one (X = 1: by the only one).
 
-    Of experts, `active` rows are one token's, and no two of these have the same.
+    Of experts, `active` rows are one token's, and no two of these have the same. `codes`: the kind of 8-bit codes that rows are rounded to, if any.
     """
 
     rows: Dim
@@ -39,6 +39,7 @@ class Product:
     nbytes: int
     experts: int = 1
     active: int = 1
+    codes: str = ""
 
     def read(self, rows: int) -> float:
         """Bytes, if tokens choose their experts at random."""
@@ -83,8 +84,9 @@ class Floor:
         manifest = artifact.manifest
         plan = artifact.plan(manifest.variants[0])
         products, attention, other = _costs(plan, manifest)
+        kinds = {p.codes for p in products} - {""}
         states = sum(g.bytes_per_unit for g in manifest.groups if g.kind == "slot")
-        return cls(Rates.of(manifest.target.device, manifest.options.dtype), products, attention, other, states)
+        return cls(Rates.of(manifest.target.device, manifest.options.dtype, kinds), products, attention, other, states)
 
     @property
     def weight_bytes(self) -> int:
@@ -100,11 +102,11 @@ class Floor:
         """A step of sequences with so many cached and new tokens, each of which wants the logits of its last token alone."""
         sizes = {"T": sum(new), "S": len(new), "R": len(new)}
         read = self.read(sum(new), len(new))
-        flops = sum(p.flops(evaluate(p.rows, sizes)) for p in self.products)
+        multiply = sum(p.flops(evaluate(p.rows, sizes)) / self.rates.codes.get(p.codes, self.rates.flops) for p in self.products)
         kv = sum(a.nbytes * sum(map(a.keys, cached, new)) for a in self.attention)
-        pairs = sum(a.flops * sum(map(a.pairs, cached, new)) for a in self.attention)
+        attend = sum(a.flops * sum(map(a.pairs, cached, new)) for a in self.attention) / self.rates.flops
         states = self.state_bytes * sum(2 if c else 1 for c in cached)  # a sequence that starts has none to read
-        return self._longer(read, flops) + self._longer(kv, pairs) + self._longer(states, 0.0)
+        return max(read / self.rates.bandwidth, multiply) + max(kv / self.rates.bandwidth, attend) + states / self.rates.bandwidth
 
     def decode(self, num_seqs: int, context: int) -> float:
         """Seconds of a step of one token for each sequence, each of them seeing `context` tokens."""
@@ -122,13 +124,11 @@ class Floor:
             total += self.seconds(cached, [1] * len(cached))
         return total
 
-    def _longer(self, nbytes: float, flops: float) -> float:
-        return max(nbytes / self.rates.bandwidth, flops / self.rates.flops)
-
 
 def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tuple[Attention, ...], int]:
     values = {v.name: v for v in plan.values}
     weights, groups = {w.name: w for w in manifest.weights}, {g.name: g for g in manifest.groups}
+    codes = {layer["node"]: layer["activation"].partition("_")[0].removeprefix("none") for layer in manifest.report.get("layers", ())}
     nodes: dict[str, list[Entry]] = {}
     for entry in plan.entries:
         if entry.target != "ingot.embedding":  # it reads a row a token
@@ -142,7 +142,7 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
         multiplies, dims = entries[0].target.startswith(MULTIPLIES), 3 if entries[0].target.startswith(EXPERTS) else 2
         for weight in (weights[r] for r in sorted(roots) if r in weights):
             if multiplies and len(weight.shape) >= dims:
-                products.append(_product(weight, out, entries, values))
+                products.append(_product(weight, out, entries, values, codes.get(entries[0].node, "")))
             else:
                 others.add(weight.name)
         caches = [s for s in manifest.states if s.name in roots and groups[s.group].kind == "page"]
@@ -158,7 +158,7 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
     return tuple(products), attention, sum(_nbytes(weights[n]) for n in others)
 
 
-def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], values: dict[str, Value]) -> Product:
+def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], values: dict[str, Value], codes: str) -> Product:
     assert out is not None
     rows, experts, active = out.shape[0], 1, 1
     if entries[0].target.startswith(EXPERTS):
@@ -168,7 +168,7 @@ def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], valu
         rows = product(ids.shape[0], ids.shape[1] if len(ids.shape) == 2 else 1)
         active = rows.get("T", 1) if isinstance(rows, dict) else 1
     elements = math.prod(weight.shape) * (8 if weight.dtype == "int32" else 1)  # a word holds eight codes of 4 bits
-    return Product(rows, elements, _nbytes(weight), experts, active)
+    return Product(rows, elements, _nbytes(weight), experts, active, codes)
 
 
 def _pair_flops(out: Value, key_size: int, weighs: bool) -> float:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ingot.artifacts.manifest import Group, State, WeightTensor
 from ingot.artifacts.plan import Arg, Entry, Value
 from ingot.serve.bench.floor import Attention, Floor, Product, _costs
-from ingot.serve.bench.rates import Rates
+from ingot.serve.bench.rates import Rates, measure
 
 H200 = Rates(4.54e12, 650e12, "known")
 
@@ -83,6 +84,7 @@ class _Read:
 
     def __init__(self, values: tuple[Value, ...], entries: tuple[Entry, ...], states: tuple[State, ...], group: Group) -> None:
         self.values, self.entries, self.states, self.groups = values, entries, states, (group,)
+        self.report: dict[str, Any] = {}
         self.weights = tuple(WeightTensor(v.name, v.dtype, v.shape, 0, 0, []) for v in values if v.storage == "weight")  # type: ignore[arg-type]
 
     def costs(self) -> Any:
@@ -139,3 +141,15 @@ def test_a_plan_is_read() -> None:
     assert products == (Product({"T": 1}, 96, 192), Product({"T": 2}, 320, 640, experts=4, active=2))
     assert attention == (Attention(2.0 * 6 * (4 + 4), 2 * 2 * 4 * 2, 9),)
     assert other == 16 + 80
+
+
+def test_codes_are_multiplied_at_a_rate_of_their_own() -> None:
+    rates = Rates(1e12, 1e12, "known", {"fp8": 2e12})
+    bf16, fp8 = (Floor(rates, (Product({"T": 1}, 10**6, 10**6, codes=codes),), (), 0) for codes in ("", "fp8"))
+    assert bf16.prefill(100) == pytest.approx(2e8 / 1e12)
+    assert fp8.prefill(100) == pytest.approx(1e8 / 1e12)
+
+
+@pytest.mark.parametrize("kind", ["int8"])
+def test_rates_of_codes_are_measured(kind: str) -> None:
+    assert measure(torch.device("cpu"), torch.float32, {kind}).codes[kind] > 1e9
