@@ -106,7 +106,7 @@ def delta_inverse_kernel(k, g, beta, cu_seqlens_q, inverse, num_tokens, num_seqs
         running = tl.cumsum(tl.load(g + t * g_pitch + head, mask=there, other=0.0).to(tl.float32), 0)
         b = tl.load(beta + t * beta_pitch + head, mask=there, other=0.0).to(tl.float32)
         a = tl.exp(tl.where(i[:, None] > i[None, :], running[:, None] - running[None, :], float("-inf"))) * b[:, None]
-        a *= tl.dot(key, tl.trans(key))
+        a *= tl.dot(key, tl.trans(key), input_precision="tf32x3")
         made = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
         for level in tl.static_range(7):
             if 1 << level < CHUNK:
@@ -126,6 +126,7 @@ def delta_chunk_kernel(q, k, v, g, beta, delta_state, cu_seqlens_q, seq_lens, st
     e = tl.arange(0, BLOCK_E)
     f = tl.program_id(2) * BLOCK_F + tl.arange(0, BLOCK_F)
     i = tl.arange(0, CHUNK)
+    # of float16, whose ten bits are those of tf32, what is held in between has more
     HELD: tl.constexpr = tl.bfloat16 if v.dtype.element_ty == tl.bfloat16 else tl.float32
     if slot >= 0:
         mask = (e < E)[:, None] & (f < F)[None, :]
@@ -147,15 +148,15 @@ def delta_chunk_kernel(q, k, v, g, beta, delta_state, cu_seqlens_q, seq_lens, st
             made = tl.load(inverse + (t * H + head)[:, None] * CHUNK + i[None, :], mask=there[:, None], other=0.0)
             before = s.to(HELD)
             fade = tl.exp(running)[:, None]
-            missing = (value - tl.dot(key, before) * fade) * b[:, None]
-            delta = tl.dot(made.to(HELD), missing.to(HELD)).to(HELD)
+            missing = (value - tl.dot(key, before, input_precision="tf32x3") * fade) * b[:, None]
+            delta = tl.dot(made.to(HELD), missing.to(HELD), input_precision="tf32x3").to(HELD)
             weights = tl.exp(tl.where(i[:, None] >= i[None, :], running[:, None] - running[None, :], float("-inf")))
-            weights *= tl.dot(query, tl.trans(key))
-            out = tl.dot(query, before) * fade
-            out = tl.dot(weights.to(HELD), delta, out)
+            weights *= tl.dot(query, tl.trans(key), input_precision="tf32x3")
+            out = tl.dot(query, before, input_precision="tf32x3") * fade
+            out = tl.dot(weights.to(HELD), delta, out, input_precision="tf32x3")
             tl.store(y + (t * H + head)[:, None] * F + f[None, :], out.to(y.dtype.element_ty), mask=there[:, None] & (f < F)[None, :])
             entering = (key.to(tl.float32) * tl.exp(total - running)[:, None]).to(HELD)
-            s = tl.dot(tl.trans(entering), delta, s * tl.exp(total))
+            s = tl.dot(tl.trans(entering), delta, s * tl.exp(total), input_precision="tf32x3")
         tl.store(at, s, mask=mask)
     else:
         for start in range(begin, end, CHUNK):
