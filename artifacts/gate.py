@@ -117,11 +117,16 @@ def arguments(
 
 
 def bind(
-    candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Loaded | None]
+    candidate: Candidate, call: Call, inputs: dict[str, Any], sizes: dict[str, int], kernels: Sequence[Loaded | None], inplace: bool = False
 ) -> tuple[list[torch.Tensor], Callable[[], None]]:
-    """Outputs, poisoned with NaN, and a function that runs the candidate's launches on them. `kernels`: one a launch, None for library calls."""
+    """Outputs, poisoned with NaN, and a function that runs the candidate's launches on them. `kernels`: one a launch, None for library calls.
+
+    `inplace`: a result lies in the argument that the candidate may overwrite, so that each run begins with what the last one made.
+    """
     device = next(v.device for v in inputs.values() if isinstance(v, torch.Tensor))
     outputs = [_poisoned(t, sizes, device) for t in call.results]
+    if inplace and candidate.inplace is not None:
+        outputs[0] = inputs[candidate.inplace]
     scratch = [_poisoned(t, sizes, device) for t in candidate.scratch]
 
     def value(o: Operand) -> Any:

@@ -39,6 +39,7 @@ class _Planner:
         self.outline = outline
         self.values = dict(outline.values)
         self.entries: list[Entry] = []
+        self.inplace: dict[str, str] = {}  # results that may lie where another value does, if that is not needed afterwards
 
     def _fresh(self, name: str, dtype: str, shape: tuple[Dim, ...], storage: Literal["arena", "tickets"] = "arena") -> str:
         self.values[name] = Value(name, dtype, shape, storage)
@@ -81,6 +82,8 @@ class _Planner:
             grid = tuple(Grid(d, b) for d, b in launch.grid)
             written = (*step.outputs, *scratch)
             self.entries.append(Entry(node.name, target_name(node.target), launch.source.backend, args, written, kernel, grid, reason=choice.reason))
+        if candidate.inplace is not None:
+            self.inplace[step.outputs[0]] = tensor(candidate.inplace)
 
     def _contiguous(self, held: str, done: dict[str, str], name: str) -> str:
         value = self.values[held]
@@ -151,7 +154,7 @@ def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Cho
         else:
             planner.launches(step, choice)
     results = outline.results
-    values, arena_bytes = place(planner.values, planner.entries, results, steps)
+    values, arena_bytes = place(planner.values, planner.entries, results, steps, planner.inplace)
     used = {*results, *(o for e in planner.entries for o in e.outputs)}
     used |= {v for e in planner.entries for a in (*e.args, *e.kwargs.values()) for v in a.names()}
     used |= {values[v].root for v in used if values[v].root}
@@ -159,42 +162,56 @@ def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Cho
                    tuple(v for v in values.values() if v.name in used), tuple(planner.entries), results, arena_bytes)  # fmt: skip
 
 
-def place(values: dict[str, Value], entries: list[Entry], results: tuple[str, ...], steps: Steps) -> tuple[dict[str, Value], int]:
-    """Arena offsets: a value takes the lowest gap that is free while it lives (first fit over live ranges), sized for the largest step."""
-    sizes = {"T": steps.max_tokens, "S": steps.max_seqs, "R": steps.max_rows}
-    begin: dict[str, int] = {}
-    end: dict[str, int] = {}
+def place(values: dict[str, Value], entries: list[Entry], results: tuple[str, ...], steps: Steps, inplace: Mapping[str, str]) -> tuple[dict[str, Value], int]:
+    """Arena offsets: a value takes the lowest gap that is free while it lives (first fit over live ranges), sized for the largest step.
 
-    def touch(name: str, i: int) -> None:
+    `inplace`: results, and the values that their calls may overwrite; such a result lies there if no one else reads the value then or later.
+    """
+    sizes = {"T": steps.max_tokens, "S": steps.max_seqs, "R": steps.max_rows}
+    uses: dict[str, list[int]] = {}  # of a root: the entries that read or write it, in order, and beyond them the caller
+
+    def use(name: str, i: int) -> None:
         root = values[name].root or name
         if values[root].storage == "arena":
-            begin.setdefault(root, i)
-            end[root] = i
+            uses.setdefault(root, []).append(i)
+
+    def overwritten(root: str) -> str | None:
+        if (value := values.get(inplace.get(root, ""))) is None:
+            return None
+        source = value.root or value.name
+        alike = (value.dtype, value.shape, value.strides, value.offset) == (values[root].dtype, values[root].shape, None, 0)
+        return source if alike and len([i for i in uses.get(source, ()) if i >= uses[root][0]]) == 1 else None
 
     for i, entry in enumerate(entries):
         for arg in (*entry.args, *entry.kwargs.values()):
             for name in arg.names():
-                touch(name, i)
+                use(name, i)
         for name in entry.outputs:
-            touch(name, i)
+            use(name, i)
     for name in results:
-        touch(name, len(entries))
+        use(name, len(entries))
 
     placed: list[tuple[int, int, str]] = []  # offset, bytes, root
     total = 0
-    for root in sorted(begin, key=lambda r: (begin[r], r)):
+    for root in sorted(uses, key=lambda r: (uses[r][0], r)):
         value = values[root]
         size = getattr(torch, value.dtype).itemsize
         for d in value.shape:
             size *= evaluate(d, sizes)
         size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-        placed = [p for p in placed if end[p[2]] >= begin[root]]
-        offset = 0
-        for other_offset, other_size, _ in sorted(placed):
-            if offset + size <= other_offset:
-                break
-            offset = max(offset, other_offset + other_size)
+        source = overwritten(root)
+        placed = [p for p in placed if uses[p[2]][-1] >= uses[root][0] and p[2] != source]
+        offset = _lowest_gap(placed, size) if source is None else values[source].arena_offset
         placed.append((offset, size, root))
         total = max(total, offset + size)
         values[root] = Value(root, value.dtype, value.shape, "arena", arena_offset=offset)
     return values, total
+
+
+def _lowest_gap(placed: list[tuple[int, int, str]], size: int) -> int:
+    offset = 0
+    for other_offset, other_size, _ in sorted(placed):
+        if offset + size <= other_offset:
+            break
+        offset = max(offset, other_offset + other_size)
+    return offset

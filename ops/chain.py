@@ -30,4 +30,4 @@ def chain(head: Candidate, middle: Tensor, link: str, tail: Candidate, renamed: 
 
     launches = [replace(x, operands=tuple(map(of_head, x.operands))) for x in head.launches]
     launches += [replace(x, operands=tuple(map(of_tail, x.operands))) for x in tail.launches]
-    return Candidate(f"{head.name}+{tail.name}", tuple(launches), (middle, *head.scratch, *tail.scratch), rank=tail.rank)
+    return Candidate(f"{head.name}+{tail.name}", tuple(launches), (middle, *head.scratch, *tail.scratch), tail.rank, tail.inplace)

@@ -120,12 +120,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a call: launches in order over shared scratch tensors. `rank`: lower first where nothing was measured or tabled."""
+    """One way to compute a call: launches in order over shared scratch tensors. `rank`: lower first where nothing was measured or tabled.
+
+    `inplace`: an argument like result 0 where that may lie, if nobody needs the argument afterwards. Elsewhere it is as right, and may be slower.
+    """
 
     name: str  # "gemv_r8_w4": unique among the call's candidates
     launches: tuple[Launch, ...]
     scratch: tuple[Tensor, ...] = ()
     rank: float = 0.0
+    inplace: str | None = field(default=None, repr=False)  # changes no kernel: tuning tables need not know
 
 
 Claim = Callable[[Call, Steps, Target], list[Candidate]]

@@ -33,7 +33,7 @@ def mm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 @_call
 def addmm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor) -> None:
-    """out [T, N] = x [T, K] · weight [N, K]ᵀ + addend ([N] or [T, N])."""
+    """out [T, N] = x [T, K] · weight [N, K]ᵀ + addend ([N] or [T, N]), which is copied to out first, unless it lies there already."""
     torch.addmm(addend, x, weight.t(), out=out)
 
 
@@ -88,7 +88,7 @@ def linear_add(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     launches = [_launch("addmm", _OUT, _X, _WEIGHT, Operand(arg="residual"))]
     if call.args["bias"] is not None:
         launches.append(_launch("add", _OUT, _BIAS))
-    return [Candidate("library", tuple(launches), rank=_rank(steps))] if len(call.args["x"].shape) == 2 else []
+    return [Candidate("library", tuple(launches), rank=_rank(steps), inplace="residual")] if len(call.args["x"].shape) == 2 else []
 
 
 @claims("linear_glu", "torch")
