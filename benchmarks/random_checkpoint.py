@@ -27,7 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items() if name not in (model._tied_weights_keys or ())}
+    tied = model._tied_weights_keys if model.config.tie_word_embeddings else ()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items() if name not in (tied or ())}
     args.output.mkdir(parents=True)
     shutil.copy(args.config / "config.json", args.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
