@@ -66,5 +66,7 @@ def load_engine(path: Path | str, options: EngineOptions, progress: Progress = l
     engine = Engine(executor, tokenizer, manifest.model, enable_prefix_caching=options.enable_prefix_caching,
                     max_num_batched_tokens=options.max_num_batched_tokens, overlap=options.overlap)  # fmt: skip
     gc.freeze()  # what was loaded stays: no collection between two steps need look at it
+    if why := engine.stats().prefix_caching_off:
+        progress(f"prefix caching is off: {why}", 1.0)
     progress(f"ready in {time.perf_counter() - start:.1f} s", 1.0)
     return engine

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.models import tiny
 from ingot.models.oracle import randomize
+from ingot.runtime.engine import EngineOptions
 from ingot.runtime.llm import LLM
+from ingot.runtime.load import load_engine
 from ingot.runtime.request import SamplingParams
 
 
@@ -60,3 +62,6 @@ def test_compiled_greedy_equals_transformers(model_type: str, tmp_path: Path) ->
     again = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
     assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
     assert (llm.engine.stats().prefix_hit_tokens > 0) == (model_type not in RECURRENT)
+    stages: list[str] = []
+    load_engine(built.path, EngineOptions(), lambda stage, done: stages.append(stage))
+    assert any("prefix caching is off: the model keeps a recurrent state" in stage for stage in stages) == (model_type in RECURRENT)

@@ -198,8 +198,8 @@ def test_forced_preemption(artifact: Path, prompts: list[list[int]], expected: l
 
 def test_prompt_logprobs(artifact: Path, model, prompts: list[list[int]]) -> None:
     llm = LLM(artifact, max_num_batched_tokens=64)
-    outputs = llm.generate(prompts[:12], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
-    for prompt, output in zip(prompts[:12], outputs, strict=True):
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+    for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
         assert output.prompt_logprobs is not None

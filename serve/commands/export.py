@@ -10,7 +10,8 @@ import typer
 
 def export_command(
     model_or_artifact: Annotated[str, typer.Argument(help="A folder with config.json, a Hugging Face id, “bundled”, or an artifact (folder or key).")],
-    onnx: Annotated[Path, typer.Option("--onnx", help="The file to write; much data goes to FILE.data beside it.", show_default=False)],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX: the only form there is.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write, by default MODEL.onnx here; much data goes beside it.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that comes with the checkpoint.")] = False,
 ) -> None:
     """Write a model's traced graph as ONNX, in float32."""
@@ -18,9 +19,12 @@ def export_command(
 
     from ..resolve import find_artifact
 
+    if not onnx:
+        raise typer.BadParameter("say --onnx: a model is exported as nothing else", param_hint="--onnx")
     artifact = find_artifact(model_or_artifact)
+    file = output or Path(f"{Path(model_or_artifact).name}.onnx")
     if artifact is not None:
-        export_artifact(artifact, onnx)
+        export_artifact(artifact, file)
     else:
-        export_model(model_or_artifact, onnx, trust_remote_code=trust_remote_code)
-    print(f"wrote {onnx}")
+        export_model(model_or_artifact, file, trust_remote_code=trust_remote_code)
+    print(f"wrote {file}")

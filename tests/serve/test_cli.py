@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -171,3 +172,11 @@ def test_models_lists_what_the_oracle_found(ingot: Run) -> None:
     by_name = {v["architecture"]: v for v in verdicts}
     assert by_name["LlamaForCausalLM"]["admitted"]
     assert all(v["reason"] for v in verdicts if not v["admitted"])
+
+
+@pytest.mark.nightly
+def test_export_writes_onnx(ingot: Run, tmp_path: Path) -> None:
+    done = ingot("export", "--onnx", "bundled", "-o", tmp_path / "model.onnx")
+    assert done.returncode == 0, done.stderr
+    onnx.checker.check_model(tmp_path / "model.onnx")
+    assert "say --onnx" in ingot("export", "bundled").stderr
