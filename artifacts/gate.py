@@ -38,12 +38,10 @@ def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, 
     errors: dict[str, float] = dict.fromkeys(loaded, 0.0)
     failed: dict[str, str] = {}
     restored = sorted(((check, *check.restore()) for check in checks), key=lambda c: repr(c[1]))
-    trials: Trials | None = None
+    trials = Trials(device)
     for i, (check, call, candidate) in enumerate(restored):
         progress(i, len(checks))
-        if trials is None or repr(call) != repr(trials.call):
-            trials = Trials(call, device)
-        worst = trials.of(check.steps).error(candidate, [loaded.get(x.kernel) for x in check.launches])
+        worst = trials.of(call, check.steps).error(candidate, [loaded.get(x.kernel) for x in check.launches])
         for kernel in check.kernels:
             errors[kernel] = max(errors[kernel], worst)
             if worst > tolerance(call):
@@ -55,20 +53,23 @@ def run(artifact: Artifact, progress: Callable[[int, int], None] = lambda done, 
 
 
 class Trials:
-    """Of one call in several ranges of steps. What a step has no part in, weights above all, is drawn and widened once."""
+    """Of one call after the other, each in several ranges of steps. What a step has no part in, weights above all, is drawn and widened once a call."""
 
-    def __init__(self, call: Call, device: torch.device) -> None:
-        self.call, self._device = call, device
-        self._fixed = [n for n, a in call.args.items() if isinstance(a, Tensor) and all(isinstance(d, int) for d in a.shape)]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._call: Call | None = None
         self._drawn: dict[str, torch.Tensor] = {}
         self._exact: dict[str, torch.Tensor] = {}
 
-    def of(self, steps: Steps) -> Trial:
-        """The trial of steps that a variant may see."""
-        inputs, sizes = arguments(self.call, steps, self._device, _TOKENS, sum(map(ord, self.call.op)), drawn=self._drawn)
+    def of(self, call: Call, steps: Steps) -> Trial:
+        """The trial of a call in steps that a variant may see."""
+        if call != self._call:
+            self._call, self._drawn, self._exact = call, {}, {}
+        inputs, sizes = arguments(call, steps, self._device, _TOKENS, sum(map(ord, call.op)), drawn=self._drawn)
         exact = {n: self._exact[n] if n in self._exact else _widened(v) for n, v in inputs.items()}
-        self._drawn, self._exact = ({n: values[n] for n in self._fixed} for values in (inputs, exact))
-        return Trial(self.call, inputs, exact, sizes)
+        fixed = [n for n, a in call.args.items() if isinstance(a, Tensor) and all(isinstance(d, int) for d in a.shape)]
+        self._drawn, self._exact = ({n: values[n] for n in fixed} for values in (inputs, exact))
+        return Trial(call, inputs, exact, sizes)
 
 
 class Trial:

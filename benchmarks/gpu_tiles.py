@@ -75,10 +75,10 @@ def main() -> None:
     sources = list({launch.source: None for *_, found in todo for c in found for launch in c.launches if launch.source.backend != "torch"})
     emitted = load_here(sources, target)
     print(len(emitted), "kernels")
-    results = {}
+    results, trials = {}, gate.Trials(device)
     for name, call, steps, found in todo:
         times: dict[str, float] = {}
-        trial, watch = gate.Trials(call, device).of(steps), Stopwatch(call, steps, device)
+        trial, watch = trials.of(call, steps), Stopwatch(call, steps, device)
         for candidate in found:
             loaded = [None if launch.source.backend == "torch" else emitted[launch.source] for launch in candidate.launches]
             worst = trial.error(candidate, loaded)

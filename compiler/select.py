@@ -125,7 +125,7 @@ class _Selector:
         self.emitted: dict[Source, tuple[Kernel, Loaded | None]] = {}
         self.uses: dict[_Use, list[Steps]] = {}
         self.gated: dict[_Use, float] = {}
-        self.trials: gate.Trials | None = None  # of the call that is gated now
+        self.trials = None if device is None else gate.Trials(device)
 
     def run(self, programs: Iterable[Program], progress: Callable[[int, int], None], done: Callable[[str], None]) -> Selection:
         wanted = [w for program in programs for w in self.all_wanted(program)]
@@ -184,25 +184,20 @@ class _Selector:
 
     def _passing(self, w: _Wanted, tried: Sequence[Candidate]) -> list[Candidate]:
         """Those that agree with the reference. A kernel that serves many variants is run in the least and the largest: the others lie between."""
+        assert self.trials is not None
         trial: gate.Trial | None = None
         passed = []
         for candidate in tried:
             use = _use(w, candidate)
             steps = self.uses.get(use, [w.steps])
             if use not in self.gated or w.steps in (steps[0], steps[-1]):
-                trial = trial or self._trial(w)
+                trial = trial or self.trials.of(w.call, w.steps)
                 self.gated[use] = max(self.gated.get(use, 0.0), trial.error(candidate, self._loaded(candidate)))
             if self.gated[use] <= gate.tolerance(w.call):
                 passed.append(candidate)
             else:
                 self.selection.rejected.append(f"{candidate.name} for ingot.{w.call.op}: error {self.gated[use]:.1e}")
         return passed
-
-    def _trial(self, w: _Wanted) -> gate.Trial:
-        assert self.device is not None
-        if self.trials is None or self.trials.call is not w.call:
-            self.trials = gate.Trials(w.call, self.device)
-        return self.trials.of(w.steps)
 
     def _fastest(self, w: _Wanted, passed: list[Candidate]) -> tuple[Candidate, str]:
         assert self.device is not None

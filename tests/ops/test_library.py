@@ -32,7 +32,7 @@ def test_a_product_may_lie_where_its_residual_is(dtype: torch.dtype) -> None:
     steps = Steps(32, 4, 32, 4, False)
     (candidate,) = linear_add(call, steps, Target("cpu", "x86-64:avx2+fma", ""))
     assert candidate.inplace == "residual"
-    trial = gate.Trials(call, torch.device("cpu")).of(steps)
+    trial = gate.Trials(torch.device("cpu")).of(call, steps)
     assert max(trial.error(candidate, [None, None]) for _ in range(2)) < gate.tolerance(call)
     inputs, sizes = gate.arguments(call, steps, torch.device("cpu"), 32, seed=0)
     before = inputs["residual"].clone()
