@@ -13,7 +13,7 @@ from torch import fx
 from ingot.artifacts.eager import constant
 from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.ops import Graph, GraphError
-from ingot.ops.dims import Dim, evaluate
+from ingot.ops.dims import Dim, contiguous_strides, evaluate
 from ingot.ops.graph import Region, op_of, target_name
 from ingot.ops.kernel import Call, Candidate, Operand, Steps, Tickets
 
@@ -141,7 +141,7 @@ def _has_rows(value: Value) -> bool:
     inner = value.shape[1:]
     if any(isinstance(d, dict) for d in inner) or (value.root and not (_aligned(value, value.offset, 16) and _aligned(value, _pitch(value), 16))):
         return False
-    return value.strides is None or value.strides[1:] == tuple(math.prod(inner[i + 1 :]) for i in range(len(inner)))  # type: ignore[arg-type]
+    return value.strides is None or value.strides[1:] == contiguous_strides(inner)
 
 
 def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Choice], *, capture: tuple[int, ...] = ()) -> Variant:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 Dim = int | dict[str, int]
 """A number, or a linear form over step sizes: `{"T": 2, "": 1}` is 2T + 1.
@@ -26,6 +27,11 @@ def product(a: Dim, b: Dim) -> Dim:
     if not isinstance(factor, int) or isinstance(form, int):
         raise ValueError(f"{show(a)} · {show(b)} is not linear in the step sizes")
     return {n: c * factor for n, c in form.items()}
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor whose elements lie one after the other. An axis without elements counts as one, as torch has it."""
+    return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
 def plus(a: Dim, b: Dim, factor: int = 1) -> Dim:

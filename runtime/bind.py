@@ -12,7 +12,7 @@ import torch
 from ingot.artifacts.bound import Loaded
 from ingot.artifacts.eager import function, value
 from ingot.artifacts.plan import Entry, Value, Variant
-from ingot.ops.dims import evaluate
+from ingot.ops.dims import contiguous_strides, evaluate
 from ingot.ops.library import CALLS
 
 
@@ -85,12 +85,7 @@ def bind(
 def _tensor(value: Value, values: Mapping[str, Value], sizes: Mapping[str, int], base: Callable[[Value], tuple[torch.Tensor, int]]) -> torch.Tensor:
     shape = [evaluate(d, sizes) for d in value.shape]
     memory, begin = base(values[value.root] if value.root else value)
-    if value.strides is not None:
-        strides = [evaluate(d, sizes) for d in value.strides]
-    else:
-        strides = [1] * len(shape)
-        for i in range(len(shape) - 2, -1, -1):
-            strides[i] = strides[i + 1] * max(shape[i + 1], 1)
+    strides = contiguous_strides(shape) if value.strides is None else [evaluate(d, sizes) for d in value.strides]
     return memory.as_strided(shape, strides, begin + evaluate(value.offset, sizes))
 
 

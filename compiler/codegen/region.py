@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from ingot.ops.dims import contiguous_strides
 from ingot.ops.graph import Region
 from ingot.ops.kernel import Call, Candidate, Steps
 from ingot.ops.target import Target
@@ -34,7 +33,7 @@ def _rows_apart(fake: torch.Tensor) -> bool:
     inner = fake.shape[1:]
     if fake.dim() < 2 or isinstance(fake.shape[0], int) or not all(isinstance(n, int) for n in (*inner, *fake.stride())) or fake.is_contiguous():
         return False
-    return fake.stride()[1:] == tuple(math.prod(inner[i + 1 :]) for i in range(len(inner)))
+    return fake.stride()[1:] == contiguous_strides(inner)
 
 
 def claimed(region: Region, call: Call, target: Target) -> bool:
