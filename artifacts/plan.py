@@ -77,6 +77,10 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     kwargs: dict[str, Arg] = {}
     reason: str = ""  # why this kernel was chosen: "gemv_r8: fastest of 5 measured", "only claimant"
 
+    def names(self) -> list[str]:
+        """The values among its arguments: what it reads, and of a kernel what it writes too."""
+        return [n for a in (*self.args, *self.kwargs.values()) for n in a.names()]
+
 
 class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
     """A plan for a range of steps: T ≤ `max_tokens`, S ≤ `max_seqs`, at most `max_num_new` new tokens a sequence, R ≤ `max_rows`."""
@@ -107,7 +111,7 @@ class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
 
         def depends(entry: Entry) -> bool:
             args = (*entry.args, *entry.kwargs.values())
-            used = [values[n] for n in (*entry.outputs, *(n for a in args for n in a.names()))]
+            used = [values[n] for n in (*entry.outputs, *entry.names())]
             dims = [d for v in used for d in (*v.shape, *(v.strides or ()), v.offset)] + [g.dim for g in entry.grid] + [d for a in args for d in a.dims()]
             return any(map(has_rows, dims))
 

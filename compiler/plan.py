@@ -155,8 +155,7 @@ def plan(outline: Outline, steps: Steps, name: str, choose: Callable[[Call], Cho
             planner.launches(step, choice)
     results = outline.results
     values, arena_bytes = place(planner.values, planner.entries, results, steps, planner.inplace)
-    used = {*results, *(o for e in planner.entries for o in e.outputs)}
-    used |= {v for e in planner.entries for a in (*e.args, *e.kwargs.values()) for v in a.names()}
+    used = {*results, *(v for e in planner.entries for v in (*e.outputs, *e.names()))}
     used |= {values[v].root for v in used if values[v].root}
     return Variant(outline.graph.entry_point, name, steps.max_tokens, steps.max_seqs, steps.max_num_new, steps.max_rows, capture,
                    tuple(v for v in values.values() if v.name in used), tuple(planner.entries), results, arena_bytes)  # fmt: skip
@@ -183,10 +182,7 @@ def place(values: dict[str, Value], entries: list[Entry], results: tuple[str, ..
         return source if alike and len([i for i in uses.get(source, ()) if i >= uses[root][0]]) == 1 else None
 
     for i, entry in enumerate(entries):
-        for arg in (*entry.args, *entry.kwargs.values()):
-            for name in arg.names():
-                use(name, i)
-        for name in entry.outputs:
+        for name in (*entry.names(), *entry.outputs):
             use(name, i)
     for name in results:
         use(name, len(entries))

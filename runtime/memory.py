@@ -105,7 +105,7 @@ def _reference_bytes(variant: Variant) -> int:
     sizes = {"T": variant.max_tokens, "S": variant.max_seqs, "R": variant.max_rows}
 
     def elements(entry: Entry) -> int:
-        used = {n: values[n] for n in (*entry.outputs, *(n for a in (*entry.args, *entry.kwargs.values()) for n in a.names()))}
+        used = {n: values[n] for n in (*entry.outputs, *entry.names())}
         return sum(_numel([evaluate(d, sizes) for d in v.shape]) for v in used.values() if v.storage == "arena")
 
     return max((3 * 4 * elements(e) for e in variant.entries if e.backend == "torch" and not e.kernel), default=0)
