@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import threading
@@ -422,15 +423,8 @@ def _groups(graph: Graph) -> tuple[Group, ...]:
     groups: dict[str, Group] = {}
     for state in graph.states.values():
         known = groups.get(state.group)
-        size = state.dtype.itemsize * _product(state.shape)
+        size = state.dtype.itemsize * math.prod(state.shape)
         window = int(state.group.removeprefix("window")) if state.group.startswith("window") else 0
         page_size = state.shape[1] if state.kind == "page" else 0
         groups[state.group] = Group(state.group, state.kind, page_size, size + (known.bytes_per_unit if known else 0), window)
     return tuple(groups.values())
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result

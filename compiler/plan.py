@@ -63,7 +63,7 @@ class _Planner:
 
         def tensor(arg: str) -> str:
             held = self.outline.holds[given[arg]]
-            return held if arg in apart and _has_rows(self.values[held]) else self._contiguous(held, contiguous, f"{node.name}.{arg}")
+            return held if arg in apart and _has_rows(self.values[held]) else self._contiguous(held, contiguous, node.name, arg)
 
         def operand(o: Operand) -> Arg:
             view = dtype_name(o.view) if o.view is not None else ""
@@ -85,13 +85,13 @@ class _Planner:
         if candidate.inplace is not None:
             self.inplace[step.outputs[0]] = tensor(candidate.inplace)
 
-    def _contiguous(self, held: str, done: dict[str, str], name: str) -> str:
+    def _contiguous(self, held: str, done: dict[str, str], node: str, arg: str) -> str:
         value = self.values[held]
         if value.strides is None and (not value.root or _aligned(value, value.offset, 64)):
             return held
         if held not in done:
-            done[held] = self._fresh(f"{name}.contiguous", value.dtype, value.shape)
-            entry = Entry(name.rpartition(".")[0], "aten.clone", "torch", (Arg(value=held),), (done[held],), reason="a kernel reads contiguous rows")
+            done[held] = self._fresh(f"{node}.{arg}.contiguous", value.dtype, value.shape)
+            entry = Entry(node, "aten.clone", "torch", (Arg(value=held),), (done[held],), reason="a kernel reads contiguous rows")
             self.entries.append(entry)
         return done[held]
 

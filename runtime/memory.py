@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import psutil
@@ -52,7 +53,7 @@ def plan_memory(artifact: Artifact, plans: Collection[Variant], *, max_model_len
     manifest = artifact.manifest
     arena_bytes = sum(max((v.arena_bytes for v in plans if v.entry_point == name), default=0) for name in ("forward", "sample"))
     work_bytes = _workspace(manifest, plans) if manifest.target.kind == "cuda" else 0  # of a CPU's memory half is left alone
-    weight_bytes = sum(torch.empty(0, dtype=getattr(torch, w.dtype)).itemsize * _numel(w.shape) for w in manifest.weights)
+    weight_bytes = sum(torch.empty(0, dtype=getattr(torch, w.dtype)).itemsize * math.prod(w.shape) for w in manifest.weights)
     slots = manifest.options.max_num_seqs
     slot_bytes = sum(g.bytes_per_unit * slots for g in manifest.groups if g.kind == "slot")
     paged = [GroupInfo("page", g.page_size, 0, g.window) for g in manifest.groups if g.kind == "page"]
@@ -95,7 +96,7 @@ def _workspace(manifest: Manifest, plans: Collection[Variant]) -> int:
     seqs, vocab_size = manifest.options.max_num_seqs, manifest.model.vocab_size
     forward = [v for v in plans if v.entry_point == "forward"]
     num_rows = max([seqs, *(v.max_rows for v in forward)])
-    copied = [seqs * _numel(s.shape) * getattr(torch, s.dtype).itemsize for s in manifest.states]  # in one step, of one state
+    copied = [seqs * math.prod(s.shape) * getattr(torch, s.dtype).itemsize for s in manifest.states]  # in one step, of one state
     return processor_bytes(seqs, num_rows, vocab_size) + max([sampling_bytes(vocab_size), *copied, *map(_reference_bytes, forward)])
 
 
@@ -106,7 +107,7 @@ def _reference_bytes(variant: Variant) -> int:
 
     def elements(entry: Entry) -> int:
         used = {n: values[n] for n in (*entry.outputs, *entry.names())}
-        return sum(_numel([evaluate(d, sizes) for d in v.shape]) for v in used.values() if v.storage == "arena")
+        return sum(math.prod(evaluate(d, sizes) for d in v.shape) for v in used.values() if v.storage == "arena")
 
     return max((3 * 4 * elements(e) for e in variant.entries if e.backend == "torch" and not e.kernel), default=0)
 
@@ -158,13 +159,6 @@ def _free(kind: str, utilization: float, weight_bytes: int, explicit: bool) -> t
         return int(min(free, total * utilization)) - CUDA_RESERVE_BYTES, torch.cuda.get_device_name()
     available = psutil.virtual_memory().available
     return available if explicit else weight_bytes + min(CPU_CACHE_BYTES, (available - weight_bytes) // 2), "this machine"
-
-
-def _numel(shape: Iterable[int]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result
 
 
 def _gb(n: int) -> str:

@@ -62,13 +62,13 @@ class Staging:
     """
 
     def __init__(self, layout: StepLayout, largest: StepSize, device: torch.device) -> None:
-        self._layout, self._cuda = layout, device.type == "cuda"
+        self._layout, cuda = layout, device.type == "cuda"
         length = layout.length(largest)
 
         def host(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int32, pin_memory=self._cuda)
+            return torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
 
-        self._slots = [_Slot(host(length), host(largest.num_rows), torch.cuda.Event() if self._cuda else None) for _ in range(_SLOTS)]
+        self._slots = [_Slot(host(length), host(largest.num_rows), torch.cuda.Event() if cuda else None) for _ in range(_SLOTS)]
         self._turn = 0
         self._batches: OrderedDict[tuple[int, StepSize], tuple[StepBatch, _Views]] = OrderedDict()
         self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
