@@ -289,9 +289,10 @@ class Job:
         if (short := shortened(self.source.config)) is None or method_of(self.source.config) is not None or self.request.method != "none":
             return
         try:
-            graph, _ = lower(self.traced(short), self.target)
+            traced = self.traced(short)
         except Exception:  # whatever modeling code makes of two layers: what is wrong with the whole, its own trace tells
             return
+        graph, _ = lower(traced, self.target)
         emitted.begin(wanted_sources([p for _, p in self.programs(graph)], self.target, device, self.table, measure=self.measure))
 
     def traced(self, config: Any) -> Graph:
