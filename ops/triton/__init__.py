@@ -11,8 +11,10 @@ FAMILIES = (
     "decode_attention",
     "embedding",
     "glu",
+    "head_linear",
     "kv_cache",
     "latent_attention",
+    "latent_write",
     "linear",
     "linear_attention",
     "moe",
@@ -24,6 +26,7 @@ FAMILIES = (
     "rotary",
     "routing",
     "sampling",
+    "sparse_index",
     "state_space",
 )
 

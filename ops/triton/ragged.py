@@ -1,4 +1,4 @@
-"""Tiles of a ragged batch: each sequence's tokens in tiles of their own, numbered over the batch; a program finds its sequence in `cu_seqlens_q`."""
+"""Tiles and tokens of a ragged batch: a sequence's tokens are in tiles of its own, numbered over the batch; a program finds its sequence in `cu_seqlens_q`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def tile_of(tile, cu_seqlens_q, num_seqs, ROWS: tl.constexpr, BLOCK: tl.constexp
     seq = tl.sum(((s <= num_seqs) & (tiles_before <= tile)).to(tl.int32)) - 1
     start = tl.load(cu_seqlens_q + seq)
     return seq, start, (tile - start * ROWS // BLOCK - seq) * BLOCK
+
+
+@triton.jit
+def place_of(token, cu_seqlens_q, seq_lens, num_tokens, num_seqs, BLOCK_S: tl.constexpr, EXACT: tl.constexpr):
+    """The sequence and the position of a token; −1 of one that no sequence has."""
+    if EXACT:
+        seq = token
+        position = tl.load(seq_lens + token) - 1
+    else:
+        s = tl.arange(0, BLOCK_S)
+        seq = tl.sum((tl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=1 << 30) <= token).to(tl.int32)) - 1
+        length = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
+        end = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens)
+        position = tl.where(length > 0, length - end + token, -1)
+    return seq, position
 
 
 def tiles_of(tokens: Dim, seqs: Dim, block: int, rows: int = 1) -> tuple[Dim, int]:
