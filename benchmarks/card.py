@@ -52,6 +52,7 @@ PARTS = (
     benchmark("tables-int4", 3, "tables.py", "{configs}/llama-3.1-8b", "--parts latency,throughput", '--flags "--quantize int4-g128"',
               "--suffix int4-g128", "--results {out}/tables.json"),
     benchmark("http", 3, "http_streams.py", "{configs}/llama-3.1-8b", "--api-workers 1,2,4", "-o {out}/http.json"),
+    benchmark("numerics", 1, "numerics.py"),
     benchmark("profile", 2, "step_profile.py", "{configs}/qwen3-0.6b", "-o {out}/step-profile.json", "--svg {out}/step-profile.svg"),
     Part("startup", 2, "{python} -m ingot.serve.cli bench startup {configs}/llama-3.1-8b --dummy-weights --server --json"),
     benchmark("deterministic", 1.5, "deterministic.py"),
