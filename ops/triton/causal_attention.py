@@ -118,6 +118,13 @@ def is_plain(call: Call, steps: Steps) -> bool:
     return supported(call) and plain and halves and many and power_of_two(e) == e and power_of_two(f) == f and min(e, f) >= 16
 
 
+def operands_of(call: Call) -> dict[str, Operand]:
+    """What every kernel of such attention is given, in its order."""
+    tokens, (seqs, columns) = call.args["q"].shape[0], call.args["page_table"].shape
+    operands = {n: Operand(arg=n) for n in ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "page_table", "sinks")}
+    return operands | {"out": Operand(out=0), "num_tokens": Operand(size=tokens), "num_seqs": Operand(size=seqs), "num_columns": Operand(size=columns)}
+
+
 @claims("paged_attention", "triton")
 def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     args = call.args
@@ -127,9 +134,8 @@ def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate
     group = heads // kv_heads
     if not is_plain(call, steps):
         return []
-    seqs, columns = args["page_table"].shape
-    operands = {n: Operand(arg=n) for n in ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "page_table", "sinks")}
-    operands |= {"out": Operand(out=0), "num_tokens": Operand(size=tokens), "num_seqs": Operand(size=seqs), "num_columns": Operand(size=columns)}
+    seqs = args["page_table"].shape[0]
+    operands = operands_of(call)
     found: list[Candidate] = []
     for t in TILES:
         if t.n > 2 * page_size or page_size % min(t.n, page_size) or group > t.m or _shared_bytes(t, e, f) > SHARED_MEMORY_BYTES[target.isa]:

@@ -11,10 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..kernel import Call, Candidate, Operand, Steps, claims
+from ..kernel import Call, Candidate, Steps, claims
 from ..target import SHARED_MEMORY_BYTES, Target
 from .attention import Tile
-from .causal_attention import is_plain
+from .causal_attention import is_plain, operands_of
 from .ragged import tiles_of
 from .source import launch, power_of_two
 
@@ -213,9 +213,7 @@ def warpgroup_attention(call: Call, steps: Steps, target: Target) -> list[Candid
     group = heads // kv_heads
     if target.arch != 90 or not is_plain(call, steps) or not {e, f} <= {64, 128}:
         return []
-    seqs, columns = args["page_table"].shape
-    operands = {n: Operand(arg=n) for n in ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "page_table", "sinks")}
-    operands |= {"out": Operand(out=0), "num_tokens": Operand(size=tokens), "num_seqs": Operand(size=seqs), "num_columns": Operand(size=columns)}
+    seqs = args["page_table"].shape[0]
     group_rows, block_n = TILE.m // group, min(TILE.n, 2 * page_size)
     # the result is laid out anew on its way
     stages = min(TILE.stages, (SHARED_MEMORY_BYTES[target.isa] // q.dtype.itemsize // (e + f) - TILE.m) // block_n)
@@ -224,5 +222,5 @@ def warpgroup_attention(call: Call, steps: Steps, target: Target) -> list[Candid
     functions = [warpgroup_attention_kernel, consume, fold, let_go, arrived, softmax, produce, copy_block]
     constants = {"H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "SCALE": args["scale"], "BLOCK_M": TILE.m, "BLOCK_N": block_n,
                  "BLOCK_S": power_of_two(steps.max_seqs + 1), "STAGES": stages}  # fmt: skip
-    one = launch(call, functions, operands, constants, (tiles_of(tokens, seqs, group_rows), (kv_heads, 1)), num_warps=TILE.warps, num_stages=stages)
+    one = launch(call, functions, operands_of(call), constants, (tiles_of(tokens, seqs, group_rows), (kv_heads, 1)), num_warps=TILE.warps, num_stages=stages)
     return [Candidate(f"warpgroups_m{TILE.m}_n{block_n}_s{stages}", (one,), rank=-2)]
