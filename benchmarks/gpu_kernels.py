@@ -1,4 +1,4 @@
-"""Times every Triton candidate at the shapes of two models on this machine's GPU, beside the floor and PyTorch's libraries.
+"""Times every Triton candidate at the shapes of three models on this machine's GPU, beside the floor and PyTorch's libraries.
 
     python benchmarks/gpu_kernels.py results.json
 
@@ -56,7 +56,11 @@ class Model:
     head_dim: int = 128
 
 
-MODELS = {"qwen3-0.6b": Model(1024, 16, 8, 3072, 151936, True), "llama-3.1-8b": Model(4096, 32, 8, 14336, 128256, False)}
+MODELS = {
+    "qwen3-0.6b": Model(1024, 16, 8, 3072, 151936, True),
+    "llama-3.1-8b": Model(4096, 32, 8, 14336, 128256, False),
+    "llama-3.2-1b": Model(2048, 32, 8, 8192, 128256, False, head_dim=64),
+}
 
 
 @dataclass
