@@ -145,6 +145,21 @@ def attention(model: str, m: Model, seqs: int, new: int, context: int) -> Proble
     return Problem(model, f"attention {seqs}x{new}@{context}", Call("paged_attention", args, (q,)), steps, sizes, nbytes, flops, values, library)
 
 
+def decode_attention(model: str, m: Model, seqs: int, context: int) -> Problem:
+    """A decode step's attention with all that goes before it: head norms, rotation, the new key and value into their page."""
+    sizes, values = batch(seqs, 1, context)
+    cache, table = Tensor(BF16, (N, m.kv_heads, PAGE, m.head_dim)), Tensor(F32, (T, m.head_dim))
+    head = Tensor(BF16, (m.head_dim,)) if m.qk_norm else None
+    args = {"qkv": Tensor(BF16, (T, (m.heads + 2 * m.kv_heads) * m.head_dim)), "cos": table, "sin": table, "q_weight": head, "k_weight": head,
+            "k_cache": cache, "v_cache": cache, "slot_mapping": Tensor(I32, (T,)), "cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)),
+            "page_table": Tensor(I32, (S, P)), "sinks": None, "num_heads": m.heads, "num_kv_heads": m.kv_heads, "style": "neox", "eps": 1e-6, "offset": 0.0,
+            "scale": m.head_dim**-0.5, "window": 0, "chunk": 0, "softcap": 0.0, "k_scale": None, "v_scale": None, "k_static": None,
+            "v_static": None}  # fmt: skip
+    nbytes = 2.0 * m.head_dim * seqs * (2 * (context + 1) * m.kv_heads + 2 * m.heads)
+    call = Call("qkv_attention", args, (Tensor(BF16, (T, m.heads, m.head_dim)),))
+    return Problem(model, f"decode {seqs}@{context}", call, Steps(seqs, seqs, 1, seqs, True), sizes, nbytes, values=values)
+
+
 LATENT_HEADS = {"deepseek-v2-lite": 16, "deepseek-v3": 128}
 
 
@@ -189,6 +204,7 @@ def problems() -> list[Problem]:
             found.append(Problem(name, f"rope_kv {rows}", call, steps, sizes, 4.0 * rows * (q + 2 * kv), values=values))
         found += [linear(name, f"lm_head {rows}", "linear", rows, d, m.vocab) for rows in (1, 64)]
         found += [attention(name, m, 1, 1, 1024), attention(name, m, 64, 1, 1024), attention(name, m, 1, 1024, 1024), attention(name, m, 1, 8192, 8192)]
+        found += [decode_attention(name, m, seqs, context) for seqs in (1, 16, 64, 256) for context in (160, 1024)]
     return found
 
 

@@ -186,13 +186,14 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         tl.store(out + at[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
 
 
-TILES = ((64, 4, 3), (32, 4, 3), (128, 4, 2), (64, 2, 4))  # keys a block, warps, pipeline stages
+# keys a block, warps, pipeline stages: a warp that has all keys of a block for itself waits for no other, and many such programs fit on a multiprocessor
+TILES = ((32, 1, 4), (64, 2, 4), (128, 4, 2), (32, 1, 5))
 
 
 def _splits(steps: Steps, kv_heads: int) -> list[int]:
-    """Programs a (sequence, kv head): twice as many as fill the GPU, so that sequences of unlike lengths even out; a half, or a quarter of that."""
-    most = most_splits(steps.max_seqs * kv_heads, 2 * PROGRAMS)
-    return [s for s in (most, most // 2, most // 4) if s > 1] or [1]
+    """Programs a (sequence, kv head): four times as many as fill the GPU, so that sequences of unlike lengths even out; a half, or a quarter of that."""
+    most = most_splits(steps.max_seqs * kv_heads, 4 * PROGRAMS)
+    return [s for s in (most, most // 2, most // 4) if s > 0]
 
 
 def _in_one(call: Call, steps: Steps) -> list[Candidate]:
