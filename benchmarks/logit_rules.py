@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from array import array
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def step_of(rows: int, vocab: int, kind: str) -> tuple[StepBatch, float]:
     batch.arrays["logits_rows"][:] = np.arange(rows)
     prompt = np.random.default_rng(0).integers(0, vocab, 500).tolist()
     ruled = range(1 if kind.startswith("one") else rows)
-    sequences = [Sequence(Request("r", prompt, params), 0, (0,), 64, list(prompt), b"", rules=LogitRules.of(params, (), [], vocab), row=r) for r in ruled]
+    sequences = [Sequence(Request("r", prompt, params), 0, (0,), 64, array("i", prompt), b"", rules=LogitRules.of(params, (), [], vocab), row=r) for r in ruled]
     begin = time.perf_counter()
     batch.edits = LogitEdits.pack([(r, s, 0) for r, s in enumerate(sequences)])
     batch.edits = LogitEdits.pack([(r, s, 1) for r, s in enumerate(sequences)])  # the second time, as in every step but the first

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,8 +174,8 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
     if T == S:
         row_of, positions = rows, step.num_computed  # of each token
     else:
-        owner = np.repeat(np.arange(S), step.num_new)
-        row_of, positions = rows[owner], np.arange(T, dtype=np.int32) + (lengths - ends)[owner]
+        row_of, positions = np.repeat(rows, step.num_new), np.arange(T, dtype=np.int32)
+        positions += np.repeat(lengths - ends, step.num_new)
     arrays["positions"][:T] = positions
     arrays["cu_seqlens_q"][1 : S + 1] = ends
     arrays["seq_lens"][:S] = lengths
@@ -184,7 +183,8 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
         arrays["state_slots"][:S] = rows
     for group, size, _ in batch.layout.page_groups:
         table, place = cache.page_tables[group], arrays[f"page_table_{group}"]
-        arrays[f"slot_mapping_{group}"][:T] = table[row_of, positions // size] * size + positions % size
+        page = positions // size
+        arrays[f"slot_mapping_{group}"][:T] = (table[row_of, page] - page) * size + positions
         place[:S] = table[rows, : place.shape[1]]
     if cache.copies:
         batch.copies = np.array(cache.copies, np.int32)
@@ -200,7 +200,7 @@ def _pack_tokens(step: Step, batch: StepBatch, ends: np.ndarray) -> None:
     if known:
         spans = [(step.sequences[i].token_ids, c, n) for i, c, n in zip(known, step.num_computed[known].tolist(), step.num_new[known].tolist(), strict=True)]
         place = slice(T) if len(known) == len(pending) else np.flatnonzero(np.repeat(~pending, step.num_new))
-        batch.arrays["token_ids"][place] = list(chain.from_iterable([ids[c : c + n] for ids, c, n in spans]))
+        batch.arrays["token_ids"][place] = np.frombuffer(b"".join([ids[c : c + n] for ids, c, n in spans]), np.int32)
 
 
 def _pack_rows(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray) -> None:

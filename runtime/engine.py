@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +32,14 @@ _WHY_NO_TOKEN = {
     NONE_LEFT: "no token is left to choose: bad_words and allowed_token_ids forbid every one",
 }
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # between the continuations of a request
+
+
+def _int32(tokens: list[int]) -> array[int] | None:
+    """None if one is no int32."""
+    try:
+        return array("i", tokens)
+    except (OverflowError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. RequestError when it cannot be served; nothing else is affected then."""
-        self._check(request)
-        params, prompt = request.params, request.prompt_token_ids
+        params, prompt = request.params, self._checked(request)
         max_tokens = self.max_model_len - len(prompt) if params.max_tokens is None else params.max_tokens
         words = [ids for word in params.bad_words for ids in self._tokenizer_for("bad_words").spellings(word)]
         rules = LogitRules.of(params, self._eos, words, self.info.vocab_size)
@@ -119,7 +127,7 @@ class Engine:
                 index=i,
                 order=(request.priority, request.arrival, number, i),
                 max_tokens=max_tokens,
-                token_ids=list(prompt),
+                token_ids=prompt[:],
                 sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
                 stop_ids=stop_ids,
                 rules=rules,
@@ -143,15 +151,17 @@ class Engine:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         return None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop, params.min_tokens)
 
-    def _check(self, request: Request) -> None:
-        prompt, params, vocab_size = request.prompt_token_ids, request.params, self.info.vocab_size
+    def _checked(self, request: Request) -> array[int]:
+        """The prompt's tokens. RequestError when the request cannot be served."""
+        params, vocab_size = request.params, self.info.vocab_size
         where = f"request {request.id}"
         if request.id in self._requests:
             raise RequestError(f"{where}: the id is in use; give every request its own")
-        if not prompt:
+        if not request.prompt_token_ids:
             raise RequestError(f"{where}: the prompt is empty; it needs at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = next(t for t in prompt if not 0 <= t < vocab_size)
+        prompt = _int32(request.prompt_token_ids)
+        if prompt is None or (ids := np.frombuffer(prompt, np.int32)).min() < 0 or ids.max() >= vocab_size:
+            wrong = next((t for t in request.prompt_token_ids if t not in range(vocab_size)), None)
             raise RequestError(f"{where}: prompt token {wrong} is not in the vocabulary of {vocab_size}")
         total = len(prompt) + (params.max_tokens or 1)
         if total > self.info.max_model_len:
@@ -168,6 +178,7 @@ class Engine:
             self._tokenizer_for("stop")
         if (params.beam_width or 0) > vocab_size:
             raise RequestError(f"{where}: beam_width is {params.beam_width}; the vocabulary has {vocab_size} tokens", "beam_width")
+        return prompt
 
     def _tokenizer_for(self, field: str) -> Tokenizer:
         if self.tokenizer is None:

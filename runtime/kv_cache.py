@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -335,7 +334,7 @@ class KVCache:
         if len(known) < count:
             previous = known[-1] if known else hashlib.blake2b(repr(seq.request.cache_keys).encode(), digest_size=16).digest()
             for begin in range(len(known) * page_size, count * page_size, page_size):
-                tokens = array("i", seq.token_ids[begin : begin + page_size]).tobytes()
+                tokens = seq.token_ids[begin : begin + page_size].tobytes()
                 previous = hashlib.blake2b(previous + tokens, digest_size=16).digest()
                 known.append(previous)
         return known[:count]

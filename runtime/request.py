@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -207,7 +208,7 @@ class Sequence:
     index: int
     order: tuple[float, ...]  # who goes first; the last one is preempted first
     max_tokens: int
-    token_ids: list[int]  # prompt and output
+    token_ids: array[int]  # prompt and output, int32: a step takes its part as bytes
     sampling: bytes  # `records.sampling_record`
     stop_ids: frozenset[int] = frozenset()  # the end-of-sequence ids among them, unless they are ignored
     rules: LogitRules | None = None  # None: the model's logits are sampled as they are

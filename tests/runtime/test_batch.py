@@ -1,5 +1,7 @@
 """StepBatch: what is packed, where it lies, and that nothing is lost on the way."""
 
+from array import array
+
 import numpy as np
 import pytest
 
@@ -18,8 +20,8 @@ def random_batch(T: int, S: int, R: int, padded: tuple[int, int, int] | None = N
     size, padding = StepSize(T, S, R, 256), None if padded is None else StepSize(*padded, 256)
     batch = StepBatch(LAYOUT, size, padding, rng.integers(1, 1000, LAYOUT.length(padding or size)).astype(np.int32))
     rng = np.random.default_rng(1)
-    for name, array in batch.arrays.items():
-        used = array[: size[batch.fields[name].axis]]
+    for name, values in batch.arrays.items():
+        used = values[: size[batch.fields[name].axis]]
         used[...] = rng.integers(1, 500, used.shape)
     batch.arrays["cu_seqlens_q"][: S + 1] = [0, *np.sort(rng.integers(1, T, S - 1)), T]
     return batch
@@ -55,9 +57,9 @@ def test_bytes_round_trip(padded):
     batch = random_batch(19, 4, 6, padded)
     copy = StepBatch.from_bytes(LAYOUT, batch.to_bytes())
     assert (copy.size, copy.padded) == (batch.size, batch.padded) == (StepSize(19, 4, 6, 256), StepSize(*(padded or (19, 4, 6)), 256))
-    for name, array in batch.arrays.items():
-        np.testing.assert_array_equal(copy.arrays[name], array)
-        assert copy.arrays[name].dtype == array.dtype
+    for name, values in batch.arrays.items():
+        np.testing.assert_array_equal(copy.arrays[name], values)
+        assert copy.arrays[name].dtype == values.dtype
 
 
 @pytest.mark.parametrize("padded", [(19, 4, 6), (24, 9, 8), (32, 4, 6), (20, 9, 16)])
@@ -66,8 +68,8 @@ def test_padding_has_no_effect(padded):
     batch = random_batch(19, 4, 6, padded)
     exact = random_batch(19, 4, 6).arrays
     a = batch.arrays
-    for name, array in exact.items():
-        np.testing.assert_array_equal(a[name][: len(array)], array)
+    for name, values in exact.items():
+        np.testing.assert_array_equal(a[name][: len(values)], values)
     samples = np.arange(500, 516, dtype=np.int32)
     assert not batch.input_ids(samples)[19:].any()
     assert not a["positions"][19:].any()
@@ -109,7 +111,7 @@ def test_pack_by_hand():
 
     def make(tokens: list[int], num_prompt: int, computed: int, to: int, **params: object) -> Sequence:
         sampling = SamplingParams(seed=1, **params)
-        seq = Sequence(Request("r", tokens[:num_prompt], sampling), 0, (0,), 16, tokens, sampling_record(sampling, 9))
+        seq = Sequence(Request("r", tokens[:num_prompt], sampling), 0, (0,), 16, array("i", tokens), sampling_record(sampling, 9))
         assert cache.admit(seq)
         assert cache.grow(seq, to)
         cache.rows.num_computed[seq.row] = computed

@@ -1,5 +1,7 @@
 """The KV cache's bookkeeping, against a model of what its pages hold."""
 
+from array import array
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -16,7 +18,7 @@ MAX_LEN, MAX_SEQS, MAX_NEW = 40, 5, 9
 
 def sequence(tokens: list[int], keys: tuple[str, ...] = (), **params: object) -> Sequence:
     request = Request("r", list(tokens), SamplingParams(**params), cache_keys=keys)
-    return Sequence(request, 0, (0,), 16, list(tokens), sampling_record(request.params, 0))
+    return Sequence(request, 0, (0,), 16, array("i", tokens), sampling_record(request.params, 0))
 
 
 def computed(cache: KVCache, seq: Sequence) -> int:

@@ -1,6 +1,7 @@
 """Logits processing against transformers' processors, or a few lines of numpy where there is none: one row after the other."""
 
 import itertools
+from array import array
 from collections import defaultdict
 
 import msgspec
@@ -61,7 +62,7 @@ def expected(params: SamplingParams, prompt: list[int], output: list[int], logit
 
 def sequence(params: SamplingParams, prompt: list[int], row: int) -> Sequence:
     rules = LogitRules.of(params, EOS, WORDS if params.bad_words else [], VOCAB)
-    return Sequence(Request("r", prompt, params), 0, (0,), 16, list(prompt), b"", rules=rules, row=row)
+    return Sequence(Request("r", prompt, params), 0, (0,), 16, array("i", prompt), b"", rules=rules, row=row)
 
 
 def few_tokens(rng: np.random.Generator, count: int) -> list[int]:
@@ -92,7 +93,7 @@ def test_every_row_is_as_if_it_were_alone(device):
         processed = processor.process(logits, edits, newest)
         assert torch.equal(logits, before)
         for seq, raw, found in zip(taking_part, logits.cpu().numpy(), processed.cpu().numpy(), strict=True):
-            wanted = expected(seq.request.params, seq.token_ids[: seq.num_prompt], seq.token_ids[seq.num_prompt :], raw)
+            wanted = expected(seq.request.params, [*seq.token_ids[: seq.num_prompt]], [*seq.token_ids[seq.num_prompt :]], raw)
             np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
             banned += np.isinf(wanted).sum()
         tokens = few_tokens(rng, len(taking_part))
@@ -292,8 +293,8 @@ def test_a_batch_takes_its_edits_along():
     batch.buffer[8:] = 5
     batch.edits = LogitEdits.pack([(0, seq, 0)])
     again = StepBatch.from_bytes(NO_PAGES, batch.to_bytes())
-    for name, array in batch.edits.arrays.items():
-        np.testing.assert_array_equal(again.edits.arrays[name], array)
+    for name, values in batch.edits.arrays.items():
+        np.testing.assert_array_equal(again.edits.arrays[name], values)
     batch.reset(batch.size)
     assert batch.edits is None
     assert StepBatch.from_bytes(NO_PAGES, batch.to_bytes()).edits is None
