@@ -10,9 +10,9 @@ from ingot.models.refusals import REASONS
 
 # One of each way to be traced: plain decoders, positions, masks, experts, states, latents, adapters.
 DAILY = frozenset(
-    "arcee bart bloom codegen cohere2 dbrx deepseek_v2 deepseek_v32 doge exaone4 falcon falcon_h1 falcon_mamba gemma gemma3_text gemma3n_text glm gpt2 "
-    "gpt_bigcode gpt_neo gpt_neox gptj granitemoe hy_v4 jamba jetmoe kimi_linear lfm2 llama4_text longcat_flash minimax mpt nemotron_h olmo_hybrid olmoe "
-    "openai-gpt opt phi phimoe qwen2_moe qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roformer rwkv smollm3 stablelm xglm zamba2 zaya".split()
+    "arcee bart bloom cohere2 dbrx deepseek_v2 deepseek_v32 doge falcon falcon_h1 falcon_mamba gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox "
+    "gptj hy_v4 jamba jetmoe kimi_linear lfm2 llama4_text longcat_flash minimax mpt nemotron_h olmo_hybrid openai-gpt opt phi phimoe qwen2_moe "
+    "qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roformer rwkv xglm zamba2 zaya".split()
 )
 ADMITTED = {v.model_type: v.architecture for v in oracle.load() if v.admitted}
 

@@ -1,5 +1,6 @@
 """Every Triton family against its op's reference: in Triton's interpreter on a CPU, and as cubins where there is a GPU."""
 
+import re
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -718,6 +719,18 @@ def distinct(candidates):
     return list({tuple((s.text, repr(s.constants | {"THREADS": 0})) for s in (launch.source for launch in c.launches)): c for c in known}.values())
 
 
+TILE_SIZE = re.compile("BLOCK_.*|SPLITS?|CHUNK_S|HEIGHT|PREFETCH|THREADS|WARPS|STAGES")
+
+
+def unlike(candidates):
+    """Of those that take the same branches of the same code the best one: they differ in the sizes of their tiles, or in how many parts they split a sum."""
+    found = {}
+    for c in candidates:
+        branches = lambda constants: {n: v > 1 if isinstance(v, int) and TILE_SIZE.fullmatch(n) else v for n, v in constants.items()}
+        found.setdefault(tuple((x.source.text, repr(branches(x.source.constants))) for x in c.launches), c)
+    return list(found.values())
+
+
 def check(candidates, case, call, dtype, machine, let_go):
     """Every candidate's results, and the states that it leaves, against the reference."""
     device, _, maker = machine
@@ -753,9 +766,18 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     assert candidates
     assert len({c.name for c in candidates}) == len(candidates)
     if device == "cpu":
-        candidates = distinct(candidates)
+        candidates = unlike(distinct(candidates))
         assert candidates
     check(candidates if dtype == BF16 else candidates[:1], case, call, dtype, machine, let_go)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, cases in CASES.items() for name in cases])
+def test_every_tile_agrees(op, name, interpreter, let_go):
+    """On a GPU all of them do in `test_agrees_with_the_reference`."""
+    case, machine = CASES[op][name], ("cpu", Target("cuda", "sm_90", ""), interpreter)
+    call = case.call(op, BF16)
+    check(distinct([c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, machine[1])]), case, call, BF16, machine, let_go)
 
 
 def rounding_of(form):

@@ -4,8 +4,10 @@ Reads one JSON object a line from stdin: the file of the kernel's source, its sy
 arguments, tensors as places in a memory-mapped file that both processes share. Answers each with a line: "" or an error.
 """
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 
@@ -71,6 +73,35 @@ def _index(tensor, scope):
 
 Builder.cast_impl, Builder.create_dot, Builder.create_fp_to_fp, interpreter._patch_lang_tensor = _cast_rounding, _dot_of_bfloat16, _fp_to_fp, _index
 Builder.binary_op = _binary
+# what takes most of the time of small blocks: proofs that no integer overflows, and a dictionary or a tuple of objects made anew for each value
+interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+_np_dtype_of_triton, _init_block_of_triton = interpreter._get_np_dtype, tl.core.block_type.__init__
+_np_dtypes, _shapes, _blocks = {}, {}, {}
+
+
+def _np_dtype(dtype):
+    if dtype.name not in _np_dtypes:
+        _np_dtypes[dtype.name] = _np_dtype_of_triton(dtype)
+    return _np_dtypes[dtype.name]
+
+
+def _init_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    if type.name not in _shapes:
+        shape = type.shape if type.is_block() else ()
+        _shapes[type.name] = tl.core.tuple([tl.constexpr(s) for s in shape]), tl.constexpr(math.prod(shape))
+    self.shape, self.numel = _shapes[type.name]
+
+
+def _init_block(self, element_ty, shape):
+    key = element_ty.name, *(getattr(s, "value", s) for s in shape)
+    if key not in _blocks:
+        _init_block_of_triton(self, element_ty, shape)
+        _blocks[key] = self.__dict__
+    self.__dict__ = _blocks[key]
+
+
+interpreter._get_np_dtype, tl.core.tensor.__init__, tl.core.block_type.__init__ = _np_dtype, _init_tensor, _init_block
 # patch tl.core once instead of at every call of tl.sum and its like
 interpreter._patch_lang(tl.sum.fn)
 interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
