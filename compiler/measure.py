@@ -14,7 +14,7 @@ from ingot.artifacts.bound import Loaded
 from ingot.ops.kernel import Call, Candidate, Steps
 
 CONTEXT = 1024
-"""Cached tokens of the longest sequence that attention is timed on: on a few it would be timed by its latency."""
+"""Cached tokens of the longest sequence that attention of a decode step is timed on: on a few it would be timed by its latency. Prompts have none."""
 MAX_COPIES = 15
 """Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
 
@@ -28,7 +28,7 @@ class Stopwatch:
 
     def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
         self._call, self._device = call, device
-        inputs, self._sizes = gate.arguments(call, steps, device, steps.max_tokens, seed=1, context=CONTEXT)
+        inputs, self._sizes = gate.arguments(call, steps, device, steps.max_tokens, seed=1, context=CONTEXT if steps.max_num_new == 1 else 0)
         copies = 0
         if device.type == "cuda":
             nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))

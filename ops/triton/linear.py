@@ -19,9 +19,8 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import activate, tanh
 from .prefetch import prefetch_rows
-from .product_tile import add_and_store, finish_tile, tile_at
+from .product_tile import FINISH_TILE, finish_tile, tile_at
 from .source import FLOATS, launch, most, power_of_two, rows, supported
-from .tickets import is_last
 
 PROGRAMS = 132
 """How many programs fill a GPU: the multiprocessors of an H100 or H200, near enough for the others."""
@@ -94,7 +93,7 @@ def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: t
         if PREFETCH > 0:
             prefetch_rows(row + split * depth, BLOCK_N, PREFETCH, THREADS)
             if ACT is not None:
-                prefetch_rows(row + N * K, BLOCK_N, PREFETCH, THREADS)
+                prefetch_rows(row + N * K + split * depth, BLOCK_N, PREFETCH, THREADS)
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
@@ -175,7 +174,7 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     tiles = fitted(wanted, x.dtype, weights, width, depth, target)
     if width >= WIDE:
         return tiles[::-1]
-    if weights == 2 or most_rows > 256:
+    if most_rows > 256:
         return tiles
     programs = [-(-most_rows // t.m) * -(-width // t.n) for t in tiles]
     apart = [replace(t, split=split_of(p, depth // t.k, 2 * PROGRAMS)) for t, p in zip(tiles[:3], programs, strict=False)]
@@ -222,12 +221,13 @@ def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         shared: dict[str, Operand] = {}
         if t.split > 1:
             tiles = -(-most(count, steps) // t.m) * -(-width // t.n)
-            scratch = (Tensor(torch.float32, (product(count, t.split), width)), Tickets(torch.int32, (tiles,)))
+            sums = t.split * (2 if "act" in call.args else 1)
+            scratch = (Tensor(torch.float32, (product(count, sums), width)), Tickets(torch.int32, (tiles,)))
             shared = {"partial": Operand(scratch=0), "tickets": Operand(scratch=1)}
         constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split,
                      "PREFETCH": ahead, "THREADS": 32 * t.warps, "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
         constants |= {p: None for p in ("bias", "residual", "partial", "tickets") if p not in inputs | shared}
-        functions, grid = [gemm_kernel, tile_at, finish_tile, add_and_store, is_last, prefetch_rows, activate, tanh], ((count, t.m), (width, t.n), (t.split, 1))
+        functions, grid = [gemm_kernel, tile_at, *FINISH_TILE, prefetch_rows], ((count, t.m), (width, t.n), (t.split, 1))
         one = launch(call, functions, inputs | shared | num_rows, constants, grid, scratch=scratch, num_warps=t.warps, num_stages=t.stages)
         found.append(Candidate(f"gemm_{t}", (one,), scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import activate
+from .activations import activate, tanh
 from .tickets import is_last
 
 
@@ -33,23 +33,39 @@ def add_and_store(h, bias, residual, out, at, n, mask, N: tl.constexpr):
 
 
 @triton.jit
+def sum_of_parts(partial, apart, mask, SPLIT: tl.constexpr):
+    """Of SPLIT, each `apart` from the one before, in their order."""
+    h = tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
+    for other in tl.static_range(1, SPLIT):
+        h += tl.load(partial + other * apart, mask=mask, other=0.0, cache_modifier=".cg")
+    return h
+
+
+@triton.jit
 def finish_tile(h, u, bias, residual, out, partial, tickets, m, n, num_rows, N: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr):
     """h, float32, of rows m and columns n (one of them along each axis), gated with u if there is ACT, with what is added → out [num_rows, N].
 
-    With SPLIT > 1 h is a part of the sum, of as many programs along the grid's third axis: it goes to `partial` [SPLIT, num_rows, N], and the last
-    program of a tile adds the parts up.
+    With SPLIT > 1 h and u are parts of sums, of as many programs along the grid's third axis: they go to `partial` [SPLIT, 1, num_rows, N] ([SPLIT, 2, …]
+    with ACT), and the last program of a tile adds the parts up.
     """
-    if ACT is not None:
-        h = activate(h, ACT) * u
     at = m.to(tl.int64) * N + n
     mask = (m < num_rows) & (n < N)
     if SPLIT > 1:
         apart = num_rows.to(tl.int64) * N
-        tl.store(partial + tl.program_id(2) * apart + at, h, mask=mask)
+        SUMS: tl.constexpr = 1 if ACT is None else 2
+        tl.store(partial + tl.program_id(2) * SUMS * apart + at, h, mask=mask)
+        if ACT is not None:
+            tl.store(partial + (tl.program_id(2) * SUMS + 1) * apart + at, u, mask=mask)
         if is_last(tickets + tl.program_id(0) + tl.program_id(1) * tl.num_programs(0), SPLIT):
-            h = tl.zeros(h.shape, tl.float32)
-            for other in tl.static_range(SPLIT):
-                h += tl.load(partial + other * apart + at, mask=mask, other=0.0, cache_modifier=".cg")
+            h = sum_of_parts(partial + at, SUMS * apart, mask, SPLIT)
+            if ACT is not None:
+                h = activate(h, ACT) * sum_of_parts(partial + apart + at, SUMS * apart, mask, SPLIT)
             add_and_store(h, bias, residual, out, at, n, mask, N)
     else:
+        if ACT is not None:
+            h = activate(h, ACT) * u
         add_and_store(h, bias, residual, out, at, n, mask, N)
+
+
+FINISH_TILE = (finish_tile, sum_of_parts, add_and_store, is_last, activate, tanh)
+"""What a kernel that ends in `finish_tile` calls there."""

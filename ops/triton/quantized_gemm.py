@@ -12,13 +12,11 @@ from triton import JITFunction
 from ..dims import product as product_of
 from ..kernel import Candidate, Launch, Operand, Tensor, Tickets
 from ..target import SHARED_MEMORY_BYTES
-from .activations import activate, tanh
 from .linear import PROGRAMS, prefetched, split_of
 from .prefetch import prefetch_rows
-from .product_tile import add_and_store, finish_tile, tile_at
+from .product_tile import FINISH_TILE, tile_at
 from .quantized_product import CHUNK, Product
 from .source import launch, power_of_two
-from .tickets import is_last
 
 MAX_STAGES = 8
 
@@ -72,11 +70,11 @@ def tiles(product: Product, wanted: Tiles) -> list[Tile]:
         if stages >= 2:
             found.append(replace(t, n=n, k=depth, stages=stages))
     found = list(dict.fromkeys(found))
-    if pieces == 2 or product.rows > 256:
+    if product.rows > 256:
         return found
     apart = []
     enough = PROGRAMS if product.rows > 64 else 3 * PROGRAMS  # what splits cost grows with the rows
-    for t in found[:2]:
+    for t in found[:3]:
         programs = -(-product.rows // t.m) * -(-product.width // t.n)
         split = split_of(programs, product.k // t.k, enough)
         apart += [replace(t, split=split)] if split > 1 else []
@@ -92,10 +90,10 @@ def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[s
     shared = {"partial": Operand(scratch=len(scratch)), "tickets": Operand(scratch=len(scratch) + 1)} if t.split > 1 else {}
     if shared:
         count = -(-product.rows // t.m) * -(-width // t.n)
-        scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split), width)), Tickets(torch.int32, (count,)))
+        scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split * (2 if product.act else 1)), width)), Tickets(torch.int32, (count,)))
     else:
         blocks |= {"partial": None, "tickets": None}
     operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **shared, "num_rows": Operand(size=tokens)}
-    one = launch(product.call, [*functions, tile_at, finish_tile, add_and_store, is_last, prefetch_rows, activate, tanh], operands, blocks,
+    one = launch(product.call, [*functions, tile_at, *FINISH_TILE, prefetch_rows], operands, blocks,
                  ((tokens, t.m), (width, t.n), (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
     return Candidate(f"gemm_{t}", (*before, one), scratch)

@@ -17,10 +17,10 @@ from .quantized_product import Product
 from .round_rows import rounded
 
 TILES = Tiles(
-    few=(Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(32, 16, 256, 4, 4)),
-    some=(Tile(128, 64, 128, 4, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5), Tile(256, 64, 128, 8, 4)),
-    many=(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
-    gated_some=(Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5), Tile(64, 64, 256, 4, 3)),
+    few=(Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 6), Tile(128, 16, 256, 8, 4), Tile(64, 16, 256, 4, 3)),
+    some=(Tile(64, 32, 256, 4, 4), Tile(64, 64, 256, 4, 4), Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 4, 4)),
+    many=(Tile(64, 128, 256, 4, 4), Tile(128, 128, 128, 8, 4), Tile(128, 64, 256, 4, 4), Tile(64, 128, 128, 4, 4), Tile(128, 256, 128, 8, 4)),
+    gated_some=(Tile(64, 64, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(64, 32, 128, 4, 5), Tile(64, 64, 256, 4, 3)),
     gated_many=(Tile(128, 128, 128, 8, 4), Tile(64, 256, 128, 8, 4), Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 3)),
 )
 
@@ -60,7 +60,7 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
         if PREFETCH > 0:
             prefetch_rows(row + start, BLOCK_N, PREFETCH, THREADS)
             if ACT is not None:
-                prefetch_rows(row + N * K, BLOCK_N, PREFETCH, THREADS)
+                prefetch_rows(row + N * K + start, BLOCK_N, PREFETCH, THREADS)
         tl.extra.cuda.gdc_wait()
     w_row = row[:, None] + k[None, :]
     x_row = x + token[None, :] * K + k[:, None]

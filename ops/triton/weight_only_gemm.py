@@ -16,14 +16,13 @@ from .quantized_gemm import Tile, Tiles, gemm, tiles
 from .quantized_product import Product
 
 TILES = Tiles(
-    few=(Tile(64, 16, 128, 4, 6), Tile(128, 16, 128, 4, 5), Tile(128, 16, 128, 8, 6)),
-    some=(Tile(128, 64, 128, 8, 4), Tile(256, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5), Tile(64, 32, 128, 4, 5)),
+    few=(Tile(128, 16, 128, 8, 3), Tile(64, 16, 128, 4, 6), Tile(256, 16, 128, 8, 4), Tile(64, 16, 128, 4, 3)),
+    some=(Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 8, 4), Tile(128, 32, 128, 8, 4)),
     many=(Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4)),
-    gated_some=(Tile(64, 64, 128, 4, 5), Tile(128, 64, 128, 8, 4), Tile(64, 32, 128, 4, 5), Tile(128, 32, 128, 8, 4)),
+    gated_some=(Tile(64, 64, 128, 4, 4), Tile(128, 64, 128, 8, 4), Tile(64, 32, 128, 4, 5), Tile(128, 32, 128, 8, 4)),
     gated_many=(Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5)),
 )
-"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`. Wide tiles read x less often: 64 rows of it are as many bytes as
-256 of a weight in 4 bits."""
+"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`. Tiles by an exhaustive search of those that fit, on an H100 (2026-11-26)."""
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
         if PREFETCH > 0:
             prefetch_rows(row + start * WORDS // K, BLOCK_N, PREFETCH, THREADS)
             if ACT is not None:
-                prefetch_rows(row + N * WORDS, BLOCK_N, PREFETCH, THREADS)
+                prefetch_rows(row + N * WORDS + start * WORDS // K, BLOCK_N, PREFETCH, THREADS)
     k = tl.arange(0, BLOCK_K)
     x_row = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * K + k[:, None]
     valid = (m < num_rows)[None, :]
