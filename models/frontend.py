@@ -24,6 +24,7 @@ from ingot.ops import Graph, Recipe, Weight
 from ingot.ops.garbage import uncollected
 
 from . import encoders
+from .alike import Alike
 from .canonical import canonicalize, gather_logits_rows
 from .functional import functional
 from .swaps import Patch, Swap, patched
@@ -205,9 +206,11 @@ def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patc
         result = torch.func.functional_call(_Step(model, run), {f"model.{n}": p for n, p in parameters.items()}, (inputs["input_ids"], inputs["positions"]))
         return [result.squeeze(0), *(context.values[n] for n in context.states)]
 
+    args = (*values.values(), *tensors.values())
     with patched(patches), sizes.mode:
-        args = (*values.values(), *tensors.values())
-        module = functional(make_fx(step, tracing_mode="real", pre_dispatch=True)(*args), args)
+        with patched([Alike(sizes.mode).patch]):
+            module = make_fx(step, tracing_mode="real", pre_dispatch=True)(*args)
+        module = functional(module, args)
     sizes.check_guards(type(model).__name__)
     names = [*values, *map(_identifier, tensors)]
     for node, name in zip([n for n in module.graph.nodes if n.op == "placeholder"], names, strict=True):
