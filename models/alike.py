@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_impls import fast_detach
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, _ProxyTensor, fetch_sym_proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,12 @@ from torch.utils._pytree import tree_leaves
 from ingot.ops.graph import type_of
 
 from .swaps import Patch
+
+UNREAD = (
+    Patch(symbolic_shapes, "uninteresting_files", frozenset),  # where a size was made: to know that, torch imports most of its compiler
+    Patch(proxy_tensor, "_extract_tensor_metadata", lambda value: None),  # what `val` says too
+)
+"""Without what `make_fx` finds out about sizes and nodes and nobody here reads."""
 
 
 class Alike:
