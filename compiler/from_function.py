@@ -11,11 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from ingot.models.alike import UNREAD
+from ingot.models.swaps import patched
 from ingot.ops import Graph, InputSpec, Recipe, StateSpec, Weight
 
 _EXAMPLE = {"T": 7, "S": 3, "R": 5}
 
 
+@patched(UNREAD)
 def from_function(
     fn: Callable[..., Any],
     inputs: Mapping[str, InputSpec],

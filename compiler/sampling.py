@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from .from_function import from_function
 from .variants import MAX_PROMPT_ROWS, VariantSpec, rows_variant
 
 
+@functools.cache  # a compile asks twice: it foresees kernels
 def sampling_programs(vocab_size: int, dtype: torch.dtype, max_num_seqs: int) -> list[tuple[Graph, list[VariantSpec]]]:
     """A graph for the model's logits of type `dtype`, and one for processed logits, which are float32; each with its only variant."""
     rows = max(max_num_seqs, MAX_PROMPT_ROWS)

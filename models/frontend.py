@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import fx
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,6 +24,7 @@ from ingot.ops import Graph, Recipe, Weight
 from ingot.ops.garbage import uncollected
 
 from . import encoders
+from .alike import UNREAD, Alike
 from .canonical import canonicalize, gather_logits_rows
 from .functional import functional
 from .swaps import Patch, Swap, patched
@@ -122,7 +123,7 @@ def trace(
     context = Context(page_size, kv_dtype, entry_point(config), modules)
     swaps = _swaps(model, context, buffers)
     run = encoders.runner(model) if context.entry_point == "embed" else run_model
-    with torch.no_grad(), tracing(context):
+    with torch.no_grad(), tracing(context), patched(UNREAD):
         with patched([p for s in swaps for p in s.observers()]):
             context.begin({})
             step = torch.zeros(1, 7, dtype=torch.int32, device="meta")
@@ -205,9 +206,11 @@ def _trace(run: Run, model: transformers.PreTrainedModel, context: Context, patc
         result = torch.func.functional_call(_Step(model, run), {f"model.{n}": p for n, p in parameters.items()}, (inputs["input_ids"], inputs["positions"]))
         return [result.squeeze(0), *(context.values[n] for n in context.states)]
 
+    args = (*values.values(), *tensors.values())
     with patched(patches), sizes.mode:
-        args = (*values.values(), *tensors.values())
-        module = functional(make_fx(step, tracing_mode="real", pre_dispatch=True)(*args), args)
+        with patched([Alike(sizes.mode).patch]):
+            module = make_fx(step, tracing_mode="real", pre_dispatch=True)(*args)
+        module = functional(module, args)
     sizes.check_guards(type(model).__name__)
     names = [*values, *map(_identifier, tensors)]
     for node, name in zip([n for n in module.graph.nodes if n.op == "placeholder"], names, strict=True):
@@ -261,6 +264,8 @@ class Sizes:
 
     def empty(self, shape: tuple[str | int, ...], dtype: torch.dtype) -> torch.Tensor:
         sizes = [self._size(s) for s in shape]
+        if all(isinstance(s, int) for s in sizes):  # as most are, of weights
+            return FakeTensor(self.mode, torch.empty(sizes, dtype=dtype, device="meta"), torch.device("cpu"))
         with self.mode:
             return torch.empty(sizes, dtype=dtype)
 

@@ -261,7 +261,7 @@ class Graph:
     def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """The fake result of a call whose arguments are nodes. Calls with arguments of the same types share it: a model's layers are alike."""
         values, kw = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
-        key = (target, _type_of(values), _type_of(kw))
+        key = (target, type_of(values), type_of(kw))
         if key in self._fakes:
             return self._fakes[key]
         from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # here, because it brings sympy, which a runtime does not need
@@ -348,15 +348,15 @@ class Graph:
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
 
 
-def _type_of(value: Any) -> Any:
+def type_of(value: Any) -> Any:
     """What a fake rule may see of an argument, hashable: equal for arguments that are alike."""
     if isinstance(value, torch.Tensor):
         sizes = (*value.shape, *value.stride(), value.storage_offset())
         return value.dtype, value.device, tuple(s if isinstance(s, int) else s.node.expr for s in sizes)
     if isinstance(value, (list, tuple)):
-        return list, *map(_type_of, value)
+        return list, *map(type_of, value)
     if isinstance(value, dict):
-        return dict, *((k, _type_of(v)) for k, v in value.items())
+        return dict, *((k, type_of(v)) for k, v in value.items())
     if isinstance(value, torch.SymInt):
         return torch.SymInt, value.node.expr
     return type(value), value  # 1, 1.0 and True are equal, and promote differently

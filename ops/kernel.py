@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from .dims import Dim, evaluate
+from .source import Backend, Source
 from .target import Target
-
-Backend = Literal["tvm", "triton", "torch"]
 
 
 @dataclass(frozen=True)
@@ -66,28 +65,6 @@ class Steps:
     def bound(self, dim: Dim) -> int:
         """The largest value of a size over T, S and R."""
         return evaluate(dim, {"T": self.max_tokens, "S": self.max_seqs, "R": self.max_rows})
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kernel before compilation.
-
-    tvm: `text` is a TVMScript module whose PrimFunc is `symbol`. triton: `text` is Python with a `@triton.jit` function
-    `symbol`; `signature` gives each run-time argument's type in order ("*bf16", "i32", "fp32"), `constants` the constexprs;
-    every pointer, and each size named in `divisible`, is a multiple of 16. A kernel with a constexpr `PDL`, which the compiler
-    of the source binds, may start before its predecessor has ended (programmatic dependent launch, sm_90 on): with PDL it must
-    call `tl.extra.cuda.gdc_wait()` before it reads or writes anything but weights and older pages of the KV cache.
-    """
-
-    family: str
-    backend: Backend
-    symbol: str
-    text: str
-    signature: dict[str, str] = field(default_factory=dict, hash=False)
-    constants: dict[str, Any] = field(default_factory=dict, hash=False)
-    divisible: tuple[str, ...] = ()
-    num_warps: int = 4
-    num_stages: int = 3
 
 
 @dataclass(frozen=True)

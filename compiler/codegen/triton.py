@@ -15,7 +15,7 @@ from types import ModuleType
 import msgspec
 
 from ingot.ops.errors import IngotError
-from ingot.ops.kernel import Source
+from ingot.ops.source import Source
 from ingot.ops.target import SHARED_MEMORY_BYTES, Target
 
 from .worker import WorkerDied, Workers

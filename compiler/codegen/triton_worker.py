@@ -19,7 +19,7 @@ import msgspec
 import triton.compiler.code_generator  # noqa: F401  (before the fork, once)
 from triton.runtime.cache import triton_key
 
-from ingot.ops.kernel import Source
+from ingot.ops.source import Source
 from ingot.ops.target import Target
 
 from .triton import TritonCompileError, compile_source, kernel_name

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.ops.errors import IngotError
-from ingot.ops.kernel import Source
+from ingot.ops.source import Source
 from ingot.ops.target import Target, TargetError
 
 from .worker import Worker, WorkerDied, Workers
