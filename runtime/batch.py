@@ -162,14 +162,14 @@ class StepBatch:
 
 
 def size_of(step: Step) -> StepSize:
-    longest = int((step.num_computed + step.num_new).max())
+    longest = int(step.lengths.max())
     return StepSize(int(step.num_new.sum()), len(step.sequences), step.num_rows, -(-longest // _LONGEST) * _LONGEST)
 
 
 def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
     """Write `step` into `batch`. Rows of logits: one for each sequence that samples, then everybody's `prompt_rows`."""
     arrays, (T, S, *_) = batch.arrays, batch.size
-    rows, lengths = step.rows, step.num_computed + step.num_new
+    rows, lengths = step.rows, step.lengths
     ends = np.cumsum(step.num_new, dtype=np.int32)
     if T == S:
         row_of, positions = rows, step.num_computed  # of each token
@@ -194,8 +194,11 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
 
 def _pack_tokens(step: Step, batch: StepBatch, ends: np.ndarray) -> None:
     """Tokens that the host knows, and for the others the row of the last step's samples."""
-    T, pending = batch.size.num_tokens, step.pending >= 0
-    batch.arrays["token_sources"][ends[pending] - 1] = step.pending[pending]
+    T, pending, sources = batch.size.num_tokens, step.pending >= 0, batch.arrays["token_sources"]
+    if len(pending) == T and pending.all():  # as a rule
+        sources[:T] = step.pending
+        return
+    sources[ends[pending] - 1] = step.pending[pending]
     known = np.flatnonzero(~pending).tolist()
     if known:
         spans = [(step.sequences[i].token_ids, c, n) for i, c, n in zip(known, step.num_computed[known].tolist(), step.num_new[known].tolist(), strict=True)]

@@ -251,11 +251,10 @@ class Engine:
             for _ in positions:
                 seq.add_prompt_logprob(logprob(row, seq.request.params.prompt_logprobs or 0))
                 row += 1
-        deltas = []
-        for row, seq in enumerate(sampling):
-            if seq.status is Status.FINISHED:
+        deltas, finished = [], Status.FINISHED
+        for row, (seq, token) in enumerate(zip(sampling, tokens, strict=False)):
+            if seq.status is finished:
                 continue
-            token = tokens[row]
             if token < 0:
                 deltas += self._end(seq, "error", _WHY_NO_TOKEN[token])
             elif seq.plain:
@@ -275,20 +274,18 @@ class Engine:
         ids.append(token)
         count = len(ids) - seq.num_prompt
         self._generated_tokens += 1
-        text = ""
+        stops = token in seq.stop_ids
+        text = "" if stops or detokenizer is None else detokenizer.feed(token)
+        if 1 < count < seq.max_tokens and not stops and (detokenizer is None or detokenizer.stopped is None):  # as a rule
+            return Delta(request.id, seq.index, [token], text, logprobs)
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        if token in seq.stop_ids:
+        if stops:
             reason, stop_reason = "stop", token if token in request.params.stop_token_ids else None
-        elif detokenizer is not None:
-            text = detokenizer.feed(token)
-            if detokenizer.stopped is not None:
-                reason, stop_reason = "stop", detokenizer.stopped
-        if reason is None:
-            if count == seq.max_tokens:
-                reason = "length"
-            elif count > 1:  # as a rule
-                return Delta(request.id, seq.index, [token], text, logprobs)
+        elif detokenizer is not None and detokenizer.stopped is not None:
+            reason, stop_reason = "stop", detokenizer.stopped
+        elif count == seq.max_tokens:
+            reason = "length"
         prompt_logprobs = None
         if count == 1:
             self._start_siblings(seq)

@@ -266,13 +266,12 @@ class KVCache:
         self.rows.room[row] = min((self.num_pages[name][row] * g.page_size for name, g in self.groups.items()), default=num_tokens)
         return True
 
-    def launched(self, sequences: list[Sequence], rows: np.ndarray, known: np.ndarray) -> None:
-        """The KV of `num_computed` tokens of each row is in the pages, or will be before the next step; `known` [S] tokens are known.
+    def launched(self, sequences: list[Sequence], rows: np.ndarray, computed: np.ndarray, known: np.ndarray) -> None:
+        """The KV of `computed` [S] tokens of each row is in the pages, or will be before the next step; `known` [S] tokens are known.
 
         The pages that became full of known tokens can be found from now on, and those that no later token attends to are let go.
         """
         self.copies.clear()  # they are made before the step
-        computed = self.rows.num_computed[rows]
         if not self.prefix_caching_off:
             named, known = self.rows.num_named[rows], np.minimum(computed, known)
             for i in np.flatnonzero(named // self._boundary != known // self._boundary).tolist():

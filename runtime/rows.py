@@ -16,12 +16,13 @@ class Rows:
     """One array a fact, int32, by row; of a row that nobody has, garbage."""
 
     def __init__(self, num_rows: int) -> None:
+        self.counts = np.zeros((4, num_rows), np.int32)  # four facts that every step asks for at once:
+        self.num_tokens = self.counts[0]  # prompt and output, with the pending token
+        self.num_computed = self.counts[1]  # of these, those whose KV the launched steps compute
+        self.end = self.counts[2]  # tokens that are ever computed: the last of `max_tokens` is never fed back
+        self.room = self.counts[3]  # tokens for which every page group has pages
         self.num_prompt = np.zeros(num_rows, np.int32)
-        self.num_tokens = np.zeros(num_rows, np.int32)  # prompt and output, with the pending token
-        self.num_computed = np.zeros(num_rows, np.int32)  # of these, those whose KV the launched steps compute
-        self.num_named = np.zeros(num_rows, np.int32)  # and those whose full pages were given names
-        self.end = np.zeros(num_rows, np.int32)  # tokens that are ever computed: the last of `max_tokens` is never fed back
-        self.room = np.zeros(num_rows, np.int32)  # tokens for which every page group has pages
+        self.num_named = np.zeros(num_rows, np.int32)  # of the computed tokens, those whose full pages were given names
         self.launched_in = np.zeros(num_rows, np.int64)  # the last step with this row
         self.sampled_in = np.zeros(num_rows, np.int64)  # the last step that sampled for it,
         self.sampled_row = np.zeros(num_rows, np.int32)  # and there the row of logits

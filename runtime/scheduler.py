@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 
 import numpy as np
@@ -30,13 +31,19 @@ class Step:
     number: int  # of launched steps, from 0
     sequences: list[Sequence]
     rows: np.ndarray
+    num_tokens: np.ndarray  # that they have, with a pending one
     num_computed: np.ndarray
     num_new: np.ndarray
     pending: np.ndarray  # the row of the last step's samples with the sequence's newest token; −1 when it is known
     samples: np.ndarray  # whether the tokens end with this step, which yields the next one
     prompt_rows: list[tuple[Sequence, range]]  # positions whose logits score the prompt
 
-    @property
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens that are computed after it."""
+        return self.num_computed + self.num_new
+
+    @cached_property
     def num_rows(self) -> int:
         """Rows of logits: one for each sequence that samples, then everybody's prompt rows."""
         return int(self.samples.sum()) + sum(len(positions) for _, positions in self.prompt_rows)
@@ -140,6 +147,29 @@ class Scheduler:
         At most one step may be in flight, or a pending token would not be among the samples of the last one.
         """
         assert self.num_launched - self.num_collected <= 1
+        return self._decode() or self._fill()
+
+    def _decode(self) -> Step | None:
+        """The next step where nobody waits and nobody has a prompt to compute, as a rule; None where it takes more to find it."""
+        if self._waiting or not 0 < len(self.running) <= min(self.max_num_batched_tokens, self.max_num_rows):
+            return None
+        sequences, rows = list(self.running), np.fromiter(map(_ROW, self.running), np.int32, len(self.running))
+        num_tokens, num_computed, end, room = counts = self.rows.counts[:, rows]
+        uncomputed = np.minimum(num_tokens, end) - num_computed
+        decodes = uncomputed == 1
+        if not decodes.all():
+            found = np.flatnonzero(decodes)
+            if not found.size or (uncomputed > 1).any():
+                return None
+            sequences, rows = [sequences[i] for i in found.tolist()], rows[found]
+            num_tokens, num_computed, end, room = counts[:, found]
+        for i in np.flatnonzero(room <= num_computed).tolist():
+            if not self.cache.grow(sequences[i], int(num_computed[i]) + 1):
+                return None
+        return self._step(sequences, rows, num_tokens, num_computed, np.ones(len(rows), np.int32))
+
+    def _fill(self) -> Step | None:
+        """The next step, its budget given to one after the other."""
         budget = _Budget(self.rows, self.max_num_batched_tokens, self.max_num_rows)
         preemptions = self.num_preemptions
         rows = np.fromiter(map(_ROW, self.running), np.int32, len(self.running))
@@ -148,8 +178,7 @@ class Scheduler:
         prefilling = [self.running[i] for i in np.flatnonzero(uncomputed > 1).tolist()]
         full = decoding[self.rows.room[rows[decoding]] <= self.rows.num_computed[rows[decoding]]]
         starved = [self.running[i] for i in full.tolist()]
-        all_decode = len(decoding) == len(rows)
-        budget.decode(self.running if all_decode else [self.running[i] for i in decoding.tolist()])
+        budget.decode([self.running[i] for i in decoding.tolist()])
         for seq in starved:
             if seq.status is Status.RUNNING:
                 self._make_room(seq, 1, budget)
@@ -167,23 +196,22 @@ class Scheduler:
                 self._admit(budget)
         if not budget.items:
             return None
-        unchanged = all_decode and len(budget.items) == len(rows) and self.num_preemptions == preemptions  # as a rule
-        return self._step(budget.items, rows if unchanged else None)
+        return self._step_of(budget.items)
 
-    def _step(self, items: dict[Sequence, int], decoding: np.ndarray | None = None) -> Step:
-        """`decoding`: the rows of `items`, when each has one token; None: to be found."""
-        state, sequences = self.rows, list(items)
-        if decoding is not None:
-            rows, num_new = decoding, np.ones(len(decoding), np.int32)
-        else:
-            rows = np.fromiter(map(_ROW, sequences), np.int32, len(sequences))
-            num_new = np.fromiter(items.values(), np.int32, len(sequences))
-        num_computed = state.num_computed[rows]
+    def _step_of(self, items: dict[Sequence, int]) -> Step:
+        """In which each sequence has so many tokens."""
+        sequences = list(items)
+        rows = np.fromiter(map(_ROW, sequences), np.int32, len(sequences))
+        num_new = np.fromiter(items.values(), np.int32, len(sequences))
+        return self._step(sequences, rows, self.rows.num_tokens[rows], self.rows.num_computed[rows], num_new)
+
+    def _step(self, sequences: list[Sequence], rows: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray, num_new: np.ndarray) -> Step:
+        state = self.rows
         pending = np.where(state.sampled_in[rows] >= self.num_collected, state.sampled_row[rows], -1)
-        samples = num_computed + num_new == state.num_tokens[rows]
+        samples = num_computed + num_new == num_tokens
         scoring = np.flatnonzero(state.scores[rows]).tolist()
         prompt_rows = [(sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring]
-        return Step(self.num_launched, sequences, rows, num_computed, num_new, pending, samples, prompt_rows)
+        return Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, pending, samples, prompt_rows)
 
     def _admit(self, budget: _Budget) -> None:
         victims = set()
@@ -231,7 +259,7 @@ class Scheduler:
     def launched(self, step: Step) -> None:
         """The step is on its way: the next one is scheduled as if it were done. Its samples are pending from now on."""
         state = self.rows
-        state.num_computed[step.rows] += step.num_new
+        state.num_computed[step.rows] = step.lengths
         state.launched_in[step.rows] = step.number
         sampled = step.rows[step.samples]
         feeds_next = ~state.chosen[sampled]
@@ -239,7 +267,7 @@ class Scheduler:
         state.sampled_in[sampled] = np.where(feeds_next, step.number, -1)
         state.sampled_row[sampled] = np.arange(len(sampled))
         self.num_launched += 1
-        self.cache.launched(step.sequences, step.rows, state.num_tokens[step.rows] - (step.samples & ~state.chosen[step.rows]) - (step.pending >= 0))
+        self.cache.launched(step.sequences, step.rows, step.lengths, step.num_tokens - (step.pending >= 0))
 
     def collected(self) -> None:
         """The oldest step in flight was computed. Its samples are appended, and sequences finished, after this."""

@@ -1,4 +1,4 @@
-"""A step's way to the device and back: one copy from page-locked memory, input ids gathered from the last step's samples, one copy to page-locked memory.
+"""A step's way to the device and back: copies from page-locked memory, input ids gathered from the last step's samples, one copy to page-locked memory.
 
 Nothing is allocated and nothing waited for. What a step enqueues is bound once a size: a view costs as much as a launch.
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from ingot.artifacts.launch_cuda import bind_copy
 
 from .batch import Sampled, StepBatch, StepLayout, StepSize
 
@@ -30,12 +32,10 @@ class _Slot(NamedTuple):
     done: torch.cuda.Event | None
 
 
-class _Views(NamedTuple):
-    """Of a batch, what its upload and download read and write."""
+class _Copies(NamedTuple):
+    """Of a batch, bound: to the device its arrays and page tables, to the host the tokens that its step samples."""
 
-    host: torch.Tensor
-    device: torch.Tensor
-    page_tables: list[tuple[torch.Tensor, torch.Tensor]]
+    upload: list[Callable[[], object]]
     token_ids: torch.Tensor
     host_token_ids: np.ndarray
 
@@ -63,6 +63,7 @@ class Staging:
 
     def __init__(self, layout: StepLayout, largest: StepSize, device: torch.device) -> None:
         self._layout, cuda = layout, device.type == "cuda"
+        self._bind_copy = bind_copy if cuda else lambda target, source: lambda: target.copy_(source)
         length = layout.length(largest)
 
         def host(size: int) -> torch.Tensor:
@@ -70,7 +71,7 @@ class Staging:
 
         self._slots = [_Slot(host(length), host(largest.num_rows), torch.cuda.Event() if cuda else None) for _ in range(_SLOTS)]
         self._turn = 0
-        self._batches: OrderedDict[tuple[int, StepSize], tuple[StepBatch, _Views]] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, StepSize], tuple[StepBatch, _Copies]] = OrderedDict()
         self._memory = torch.zeros(layout.num_samples + length, dtype=torch.int32, device=device)
         self.buffer = self._memory[layout.num_samples :]
         self.input_ids = torch.zeros(largest.num_tokens, dtype=torch.int32, device=device)
@@ -85,7 +86,7 @@ class Staging:
         key = (self._turn, padded)
         if key not in self._batches:
             batch = StepBatch(self._layout, size, padded, slot.buffer.numpy())
-            self._batches[key] = batch, self._views(batch, slot)
+            self._batches[key] = batch, self._copies(batch, slot)
             if len(self._batches) > _KEPT:
                 self._batches.popitem(last=False)
         self._batches.move_to_end(key)
@@ -94,15 +95,14 @@ class Staging:
         return batch
 
     def upload(self, batch: StepBatch) -> None:
-        """Enqueue the copy of the batch that `batch` returned last, and make page tables of it."""
-        _, views = self._batches[self._turn, batch.padded]
-        views.device.copy_(views.host, non_blocking=True)
-        for table, packed in views.page_tables:
-            table.copy_(packed)
+        """Enqueue the copies of the batch that `batch` returned last."""
+        _, copies = self._batches[self._turn, batch.padded]
+        for copy in copies.upload:
+            copy()
 
     def gather(self, padded: StepSize) -> Callable[[], object]:
         """What makes the input ids of an uploaded batch."""
-        sources, input_ids = self._view("token_sources", padded), self.input_ids[: padded.num_tokens]
+        sources, input_ids = self._view(self.buffer, "token_sources", padded), self.input_ids[: padded.num_tokens]
         return lambda: torch.index_select(self._memory, 0, sources, out=input_ids)
 
     def keep(self, token_ids: torch.Tensor) -> Callable[[], object]:
@@ -114,9 +114,9 @@ class Staging:
     def download(self, batch: StepBatch, sampled: Sampled) -> LaunchedStep:
         """Enqueue the copy of what the uploaded batch's step samples at all of its rows."""
         if sampled.logprobs is None:
-            _, views = self._batches[self._turn, batch.padded]
-            views.token_ids.copy_(sampled.token_ids, non_blocking=True)
-            samples = views.host_token_ids
+            _, copies = self._batches[self._turn, batch.padded]
+            self._bind_copy(copies.token_ids, sampled.token_ids)()
+            samples = copies.host_token_ids
         else:
             samples = _pack(sampled).to("cpu", non_blocking=True).numpy()  # to page-locked memory
         return LaunchedStep(samples, batch.size.num_rows, self.end())
@@ -128,16 +128,17 @@ class Staging:
             done.record()
         return done
 
-    def _views(self, batch: StepBatch, slot: _Slot) -> _Views:
-        packed = {name: self._view(name, batch.padded) for name in self._page_tables}
-        tables = [(self._page_tables[name][: table.shape[0], : table.shape[1]], table) for name, table in packed.items()]
-        length = batch.buffer.size
+    def _copies(self, batch: StepBatch, slot: _Slot) -> _Copies:
+        packed = {name: self._view(slot.buffer, name, batch.padded) for name in self._page_tables}
+        length = min((table.storage_offset() for table in packed.values()), default=batch.buffer.size)  # page tables come last, and go to their own place
+        upload = [self._bind_copy(self.buffer[:length], slot.buffer[:length])]
+        upload += [self._bind_copy(self._page_tables[name][: table.shape[0], : table.shape[1]], table) for name, table in packed.items()]
         token_ids = slot.token_ids[: batch.padded.num_rows]
-        return _Views(slot.buffer[:length], self.buffer[:length], tables, token_ids, token_ids.numpy())
+        return _Copies(upload, token_ids, token_ids.numpy())
 
-    def _view(self, name: str, padded: StepSize) -> torch.Tensor:
+    def _view(self, buffer: torch.Tensor, name: str, padded: StepSize) -> torch.Tensor:
         field = self._layout.fields(padded)[name]
-        return self.buffer[field.offset : field.offset + math.prod(field.shape)].view(field.shape)
+        return buffer[field.offset : field.offset + math.prod(field.shape)].view(field.shape)
 
     def inputs(self, size: StepSize) -> dict[str, torch.Tensor]:
         """Where a plan reads a step padded to `size`; T, S and R decide."""

@@ -129,7 +129,7 @@ def test_pack_by_hand():
     cache.rows.sampled_in[pending.row], cache.rows.sampled_row[pending.row] = 0, 2
     cache.page_tables["full"][decode.row, :2] = [9, 4]
     cache.page_tables["window8"][decode.row, :3] = [7, 8, 30]
-    step = scheduler._step({decode: 1, chunk: 4, scored: 4, pending: 1})
+    step = scheduler._step_of({decode: 1, chunk: 4, scored: 4, pending: 1})
     assert size_of(step) == StepSize(10, 4, 5, 256)
     batch = StepBatch(layout, size_of(step), StepSize(12, 5, 7, 256), np.full(4096, 999, np.int32))
     pack(step, cache, batch)

@@ -28,7 +28,8 @@ def computed(cache: KVCache, seq: Sequence) -> int:
 def launch(cache: KVCache, seq: Sequence, count: int) -> None:
     """A step computes `count` more tokens of `seq`."""
     cache.rows.num_computed[seq.row] += count
-    cache.launched([seq], np.array([seq.row]), np.array([len(seq.token_ids)]))
+    rows = np.array([seq.row])
+    cache.launched([seq], rows, cache.rows.num_computed[rows], np.array([len(seq.token_ids)]))
 
 
 class CacheMachine(RuleBasedStateMachine):
