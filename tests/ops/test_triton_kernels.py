@@ -596,15 +596,15 @@ def quantized_moe_cases():
     def case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
         generator = torch.Generator().manual_seed(rows)
         values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
-        wide = 2 * inner if gated else inner
+        wide, layout = 2 * inner if gated else inner, formats.get(form).layout(Target("cuda", "sm_90", ""))
         for side, n, k in (("in", wide, d), ("out", d, inner)):
             weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
-            parts = formats.packed(formats.get(form).quantize(weight), form, "rows", 1)
-            values |= {f"w_{side}": parts["weight"].unflatten(0, (experts, -1)), f"s_{side}": parts["scale"].unflatten(0, (experts, -1))}
-        parts = {n: tensor(*values[n].shape, dtype=values[n].dtype) for n in ("w_in", "s_in", "w_out", "s_out")}
-        biases = {"b_in": tensor(experts, wide) if bias else None, "b_out": tensor(experts, d) if bias else None}
+            parts = formats.packed(formats.get(form).quantize(weight), form, layout, experts)
+            values |= {f"{part[0]}_{side}": t.unflatten(0, (experts, -1)) for part, t in parts.items()}
+        of = {n: tensor(*v.shape, dtype=v.dtype) for n, v in values.items()} | {"b_in": tensor(experts, wide), "b_out": tensor(experts, d)}
+        given = {f"{part}_{side}": of.get(f"{part}_{side}") if part != "b" or bias else None for side in ("in", "out") for part in "wszb"}
         args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=torch.int64), "expert_weights": tensor(T, active, dtype=F32)}
-        args |= {n: (parts | biases)[n] for n in ("w_in", "s_in", "b_in", "w_out", "s_out", "b_out")} | {"act": act, "gated": gated, "format": form}
+        args |= given | {"act": act, "gated": gated, "format": form, "layout": layout, "activation": "none", "inner": inner}
         return Case(args, (tensor(T, d),), {"T": rows}, values)
 
     return {
@@ -613,7 +613,12 @@ def quantized_moe_cases():
         "block_one": case("fp8_e4m3_block128", 1, 1, 3, 128, 128, "silu"),
         "block_some": case("fp8_e4m3_block128", 17, 2, 2, 128, 256, "silu"),
         "int8_some": case("int8_channel", 50, 2, 3, 24, 72, "silu", bias=True),
-        "int8_groups": case("int8_group64", 3, 2, 6, 24, 136, "relu"),
+        "int8_groups": case("int8_group64", 2, 2, 5, 24, 72, "relu"),
+        "int8_zero": case("int8_group32_zero", 3, 1, 2, 12, 40, "silu", bias=True),
+        "int4_one": case("int4_group128", 1, 2, 4, 8, 132, "swiglu_oai", bias=True),
+        "int4_few": case("int4_group64_zero", 2, 2, 3, 8, 72, "silu"),
+        "int4_some": case("int4_channel", 33, 2, 2, 24, 72, "gelu", gated=False, bias=True),
+        "int4_many": case("int4_group32_zero", 70, 1, 1, 24, 136, "silu"),
     }
 
 
@@ -780,6 +785,13 @@ def test_every_format_at_every_size(form, rows, machine, let_go):
         candidates = claim(call, case.steps, target)
         assert candidates
         check(distinct(candidates) if device == "cpu" else candidates, case, call, BF16, machine, let_go)
+
+
+def test_experts_whose_rows_are_longer_than_a_block(monkeypatch, machine, let_go):
+    monkeypatch.setattr(ingot.ops.triton.quantized_moe, "GEMV_TILES", ((16, 128, 1),))
+    case = CASES["quantized_moe"]["int4_one"]
+    call = case.call("quantized_moe", BF16)
+    check(CLAIMS["quantized_moe", "triton"][0](call, case.steps, machine[1]), case, call, BF16, machine, let_go)
 
 
 def test_what_experts_make_of_a_row_does_not_depend_on_the_others(interpreter):
