@@ -36,9 +36,7 @@ ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight$")
 
 def expert_formats(target: Target) -> tuple[str, ...]:
     """What kernels of `quantized_moe` read. Rows of activations are rounded as these want it, whatever a checkpoint or a flag would have of them."""
-    if target.kind != "cuda":
-        return ()
-    float8 = target.arch >= 89
+    float8 = target.kind == "cuda" and target.arch >= 89
     return tuple(name for name in formats.names() if float8 or not name.startswith("fp8"))
 
 

@@ -219,7 +219,7 @@ def gptq_experts(folder: Path, **keys: Any) -> tuple[Checkpoint, Any, Any]:
     return Checkpoint.open(folder), config, model
 
 
-@pytest.mark.parametrize(("target", "layout"), [(CUDA, "fragments")], ids=["cuda"])
+@pytest.mark.parametrize(("target", "layout"), [(CUDA, "fragments"), (CPU, "tile16")], ids=["cuda", "cpu"])
 def test_experts_in_4_bits_compute_the_model(target: Target, layout: str, tmp_path: Path) -> None:
     checkpoint, config, model = gptq_experts(tmp_path)
     graph = trace(config, dtype=torch.float32, page_size=oracle.PAGE_SIZE)
