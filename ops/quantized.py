@@ -74,3 +74,11 @@ def quantized_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     if residual is not None:
         out = out + residual
     return out if act is None else glu(out, act)
+
+
+@op("glu_quantized_linear(Tensor x, str gate, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? bias, Tensor? residual, str format, str layout, "
+    "str activation, int n) -> Tensor", fake=lambda x, *rest: x.new_empty(*x.shape[:-1], rest[-1]), rowwise=True)  # fmt: skip
+def glu_quantized_linear(x: torch.Tensor, gate: str, weight: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None, bias: torch.Tensor | None,
+                         residual: torch.Tensor | None, format: str, layout: str, activation: str, n: int) -> torch.Tensor:  # fmt: skip
+    """quantized_linear(glu(x [..., 2K], gate), weight [n, K], …) → [..., n]."""
+    return quantized_linear(glu(x, gate), weight, scale, None, input_scale, bias, residual, None, format, layout, activation, n)

@@ -71,8 +71,11 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
     batch = {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P))}
     q, head = Tensor(dtype, (T, h, e)), Tensor(dtype, (e,))
     square = Tensor(dtype, (hidden, hidden))
+    down = quantized("fp8_e4m3_channel", "fp8_e4m3_token", T, hidden, 4096).args
     return [
         quantized("fp8_e4m3_channel", "fp8_e4m3_token", T, 4096, hidden, "silu"),
+        Call("glu_quantized_linear", {"x": Tensor(BF16, (T, 8192)), "gate": "silu"} | {a: down[a] for a in (
+            "weight", "scale", "input_scale", "bias", "residual", "format", "layout", "activation", "n")}, (Tensor(BF16, (T, hidden)),)),
         quantized("int4_group128", "none", T, 4096, hidden),
         quantized("int8_channel", "int8_token", T, 4096, hidden),
         Call("rms_norm", {"x": x, "weight": weight, "eps": 1e-6, "offset": 0.0}, (x,)),
