@@ -7,6 +7,7 @@ widened in registers (`weight_only_gemm`), or dequantized as a whole for the lib
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..chain import chain
 from ..kernel import Call, Candidate, Steps, Tensor, claimants, claims
@@ -36,11 +37,22 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
 @claims("glu_quantized_linear", "triton")
 def glu_quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     """A unit before rounded rows is part of their rounding."""
-    x, gate = call.args["x"], call.args["gate"]
-    rows = Tensor(x.dtype, (*x.shape[:-1], x.shape[-1] // 2))
-    nothing = {"zero": None, "act": None, "norm_weight": None, "eps": None, "offset": 0.0}
-    product = Product.of(Call("quantized_linear", call.args | {"x": rows} | nothing, call.results), steps, target)
-    return [] if product is None or product.codes is None else _of_codes(product, gate=gate)
+    x = call.args["x"]
+    product = _rounding(call, steps, target, x=Tensor(x.dtype, (*x.shape[:-1], x.shape[-1] // 2)), act=None, norm_weight=None, eps=None, offset=0.0)
+    return [] if product is None else _of_codes(product, gate=call.args["gate"])
+
+
+@claims("add_rms_norm_quantized_linear", "triton")
+def add_rms_norm_quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """So is a norm, with the sum that it is of."""
+    product = _rounding(call, steps, target, residual=None)
+    return [] if product is None else _of_codes(product)
+
+
+def _rounding(call: Call, steps: Steps, target: Target, **inner: Any) -> Product | None:
+    """The product with rounded rows in a call that is more than that: its arguments, and `inner` ones."""
+    product = Product.of(Call("quantized_linear", call.args | {"zero": None} | inner, call.results), steps, target)
+    return None if product is None or product.codes is None else product
 
 
 def _of_codes(product: Product, rank: float = 0.0, most: int | None = None, gate: str | None = None) -> list[Candidate]:

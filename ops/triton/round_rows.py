@@ -18,12 +18,12 @@ from .source import launch, power_of_two
 
 
 @triton.jit
-def round_rows_kernel(x, norm_weight, input_scale, codes, scales, num_rows, K: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
+def round_rows_kernel(x, added, total, norm_weight, input_scale, codes, scales, num_rows, K: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
                       LARGEST: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
     """A program rounds BLOCK_K columns, with EPS all of them, of BLOCK_M rows; GROUP columns (0: all) share one of a row's SCALES.
 
-    EPS: rows are normalized first. GATE: they are gate | up first, [rows, 2K].
+    EPS: rows are normalized first, and before that what is `added`, and their sum `total` written. GATE: they are gate | up first, [rows, 2K].
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -37,6 +37,9 @@ def round_rows_kernel(x, norm_weight, input_scale, codes, scales, num_rows, K: t
         h = activate(tl.load(gate, mask=mask, other=0.0).to(tl.float32), GATE) * tl.load(gate + K, mask=mask, other=0.0).to(tl.float32)
     else:
         h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if added is not None:
+        h += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + at, h.to(total.dtype.element_ty), mask=mask)
     if EPS is not None:
         h *= tl.rsqrt(tl.sum(h * h, 1) / K + EPS)[:, None]
         if norm_weight is not None:
@@ -60,10 +63,12 @@ def rounded(product: Product, gate: str | None = None) -> tuple[Launch, tuple[Te
     block_k = group if group and call.args["eps"] is None else power_of_two(max(k, group))
     block_m = max(1, min(16, 4096 // block_k))
     scratch = (Tensor(product.codes, (tokens, k)), Tensor(torch.float32, (tokens, -(-k // group) if group else 1)))
-    operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale")}
+    sums = {"added": Operand(arg="added"), "total": Operand(out=1)} if "added" in call.args else {}
+    operands = {"x": Operand(arg="x"), **sums, "norm_weight": Operand(arg="norm_weight"), "input_scale": Operand(arg="input_scale")}
     operands |= {"codes": Operand(scratch=0), "scales": Operand(scratch=1), "num_rows": Operand(size=tokens)}
     constants = {"K": k, "GROUP": group, "SCALES": scratch[1].shape[1], "LARGEST": LARGEST[product.codes], "EPS": call.args["eps"],
                  "OFFSET": call.args["offset"], "GATE": gate, "BLOCK_M": block_m, "BLOCK_K": block_k}  # fmt: skip
+    constants |= {} if sums else {"added": None, "total": None}
     functions = [round_rows_kernel, row_scale, to_eight_bits, activate, tanh]
     warps = 4 if block_k <= 2048 else 16 if gate and block_k > 8192 else 8
     return launch(call, functions, operands, constants, ((tokens, block_m), (k, block_k)), scratch=scratch, num_warps=warps), scratch

@@ -70,7 +70,7 @@ EXPECTED = {
     "fuse_latent_write": {"latent_rope_write": 2, "head_linear": 2, "mla_attention": 2},
     "quantize_linears": {"quantized_linear": 3},
     "fuse_attention": {"qkv_attention": 2},
-    "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1, "quantized_linear": 1},
+    "fuse_norm_linear": {"rms_norm_linear": 1, "rms_norm_linear_glu": 1, "quantized_linear": 1, "add_rms_norm_quantized_linear": 1},
     "group_regions": {"linear": 1},
     "fold_weight_views": {"head_linear": 2},
     "clean_views": {},

@@ -78,6 +78,9 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
             "weight", "scale", "input_scale", "bias", "residual", "format", "layout", "activation", "n")}, (Tensor(BF16, (T, hidden)),)),
         quantized("int4_group128", "none", T, 4096, hidden),
         quantized("int8_channel", "int8_token", T, 4096, hidden),
+        Call("add_rms_norm_quantized_linear", {"x": Tensor(BF16, (T, 4096)), "added": Tensor(BF16, (T, 4096)), "norm_weight": None} | {a: down[a] for a in (
+            "weight", "scale", "input_scale", "bias", "act", "format", "layout", "activation", "n")} | {"eps": 1e-6, "offset": 0.0},
+             (Tensor(BF16, (T, hidden)), Tensor(BF16, (T, 4096)))),
         Call("rms_norm", {"x": x, "weight": weight, "eps": 1e-6, "offset": 0.0}, (x,)),
         Call("add_rms_norm", {"x": x, "residual": x, "weight": weight, "eps": 1e-6, "offset": 1.0}, (x, x)),
         Call("linear", {"x": x, "weight": square, "bias": None}, (x,)),

@@ -567,6 +567,19 @@ def glu_quantized_linear_cases():
     }
 
 
+def add_norm_quantized_linear_cases():
+    def case(form, activation, rows, n, k, **extra):
+        of = quantized_case(form, activation, rows, n, k, norm=True, **extra)
+        kept = {a: of.args[a] for a in ("norm_weight", "weight", "scale", "input_scale", "bias", "act", "format", "layout", "activation", "n", "eps", "offset")}
+        return Case({"x": tensor(T, k), "added": tensor(T, k)} | kept, (*of.results, tensor(T, k)), of.sizes, of.values)
+
+    return {
+        "unit": case("fp8_e4m3_channel", "fp8_e4m3_token", 19, 96, 80, act="silu"),
+        "block": case("fp8_e4m3_block128", "fp8_e4m3_group128", 3, 140, 330, bias=True),
+        "one": case("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 72),
+    }
+
+
 def grouped_linear_cases():
     def case(rows, experts, n, k, transposed, bias, ids=None):
         ids = torch.randint(-1, experts + 1, (rows,), generator=torch.Generator().manual_seed(rows)) if ids is None else torch.tensor(ids)
@@ -679,6 +692,7 @@ CASES = {
     "route": route_cases(),
     "quantized_linear": quantized_linear_cases(),
     "glu_quantized_linear": glu_quantized_linear_cases(),
+    "add_rms_norm_quantized_linear": add_norm_quantized_linear_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
     },
