@@ -622,21 +622,23 @@ def moe_cases():
     }
 
 
-def quantized_moe_cases():
-    def case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
-        generator = torch.Generator().manual_seed(rows)
-        values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
-        wide, layout = 2 * inner if gated else inner, formats.get(form).layout(Target("cuda", "sm_90", ""))
-        for side, n, k in (("in", wide, d), ("out", d, inner)):
-            weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
-            parts = formats.packed(formats.get(form).quantize(weight), form, layout, experts)
-            values |= {f"{part[0]}_{side}": t.unflatten(0, (experts, -1)) for part, t in parts.items()}
-        of = {n: tensor(*v.shape, dtype=v.dtype) for n, v in values.items()} | {"b_in": tensor(experts, wide), "b_out": tensor(experts, d)}
-        given = {f"{part}_{side}": of.get(f"{part}_{side}") if part != "b" or bias else None for side in ("in", "out") for part in "wszb"}
-        args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=torch.int64), "expert_weights": tensor(T, active, dtype=F32)}
-        args |= given | {"act": act, "gated": gated, "format": form, "layout": layout, "activation": "none", "inner": inner}
-        return Case(args, (tensor(T, d),), {"T": rows}, values)
+def quantized_moe_case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
+    generator = torch.Generator().manual_seed(rows)
+    values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
+    wide, layout = 2 * inner if gated else inner, formats.get(form).layout(Target("cuda", "sm_90", ""))
+    for side, n, k in (("in", wide, d), ("out", d, inner)):
+        weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
+        parts = formats.packed(formats.get(form).quantize(weight), form, layout, experts)
+        values |= {f"{part[0]}_{side}": t.unflatten(0, (experts, -1)) for part, t in parts.items()}
+    of = {n: tensor(*v.shape, dtype=v.dtype) for n, v in values.items()} | {"b_in": tensor(experts, wide), "b_out": tensor(experts, d)}
+    given = {f"{part}_{side}": of.get(f"{part}_{side}") if part != "b" or bias else None for side in ("in", "out") for part in "wszb"}
+    args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=torch.int64), "expert_weights": tensor(T, active, dtype=F32)}
+    args |= given | {"act": act, "gated": gated, "format": form, "layout": layout, "activation": "none", "inner": inner}
+    return Case(args, (tensor(T, d),), {"T": rows}, values)
 
+
+def quantized_moe_cases():
+    case = quantized_moe_case
     return {
         "fp8_one": case("fp8_e4m3_channel", 1, 2, 4, 24, 72, "silu", bias=True),
         "fp8_some": case("fp8_e4m3_channel", 40, 3, 5, 24, 72, "gelu", gated=False),
@@ -817,6 +819,17 @@ def test_every_format_at_every_size(form, rows, machine, let_go):
         candidates = claim(call, case.steps, target)
         assert candidates
         check(distinct(candidates) if device == "cpu" else candidates, case, call, BF16, machine, let_go)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("form", formats.names())
+def test_experts_of_every_format(form, rows, machine, let_go):
+    case = quantized_moe_case(form, rows, 2, 3, 128, 256, "silu")
+    call = case.call("quantized_moe", BF16)
+    candidates = CLAIMS["quantized_moe", "triton"][0](call, case.steps, machine[1])
+    assert candidates
+    check(distinct(candidates) if machine[0] == "cpu" else candidates, case, call, BF16, machine, let_go)
 
 
 def test_experts_whose_rows_are_longer_than_a_block(monkeypatch, machine, let_go):
