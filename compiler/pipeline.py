@@ -23,6 +23,7 @@ from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
 from .passes.quantize_experts import quantize_experts
 from .passes.quantize_linears import quantize_linears
+from .passes.round_glu import round_glu
 from .passes.straighten_experts import straighten_experts
 from .passes.ungroup_columns import ungroup_columns
 
@@ -46,6 +47,8 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_router,
     group_regions,  # last: what is still aten then, nothing else will compute
 )
+MANY_ROWS: tuple[Pass, ...] = (round_glu,)
+"""Beyond those, for steps of more than `variants.LAST_CAPTURED` tokens. Fewer rows are better without: a generated product gates its own result."""
 
 
 @uncollected()
@@ -60,6 +63,14 @@ def lower(graph: Graph, target: Target, dump: Path | None = None) -> tuple[Graph
         counts[run.__name__] = count(graph)
         _dump(graph, dump, f"{i:02}_{run.__name__}")
     return graph, counts
+
+
+def lower_many_rows(graph: Graph, target: Target) -> Graph:
+    """Run MANY_ROWS on a lowered graph, which is returned itself where they change nothing."""
+    for run in MANY_ROWS:
+        graph = run(graph, target)
+        graph.verify()
+    return graph
 
 
 def count(graph: Graph) -> int:

@@ -33,12 +33,11 @@ ALGORITHMS = ("gptq", "awq")
 ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight$")
 """Weights that choose experts: a rounding there changes which expert a token gets, and they are small."""
 
-EXPERT_FORMATS = ("int8_channel", "int8_group32", "int8_group64", "int8_group128", "fp8_e4m3_channel", "fp8_e4m3_block128")
-
 
 def expert_formats(target: Target) -> tuple[str, ...]:
-    """What kernels of `quantized_moe` read. Rows of activations are not rounded there, whatever a checkpoint or a flag would have of them."""
-    return () if target.kind != "cuda" else EXPERT_FORMATS if target.arch >= 89 else EXPERT_FORMATS[:4]
+    """What kernels of `quantized_moe` read. Rows of activations are rounded as these want it, whatever a checkpoint or a flag would have of them."""
+    float8 = target.kind == "cuda" and target.arch >= 89
+    return tuple(name for name in formats.names() if float8 or not name.startswith("fp8"))
 
 
 Choose = Callable[[str, bool], tuple[str, str] | None]
@@ -227,32 +226,42 @@ def quantized_experts(weight: Weight, form: str) -> Recipe:
 
 
 def layers(graph: Graph) -> list[dict[str, Any]]:
-    """Every product with a weight: its node, weight, format (or dtype), how rows are rounded, and bytes."""
+    """Every weight that rows are multiplied by: its product's node, the placeholder of its codes, its format (or dtype), how rows are rounded, and bytes.
+
+    The bytes of a linear are those of all that it reads beside x, those of experts are of the one of their two products.
+    """
     found = []
     for node in graph.fx.nodes:
         spec = op_of(node)
-        weights = [n for n in node.all_input_nodes if n.name in graph.weights] if spec is not None and "linear" in spec.name else []
-        if not weights:
+        if spec is None or not ("linear" in spec.name or "moe" in spec.name):
             continue
         given = dict(zip(spec.arguments, node.args, strict=False))
-        weight = given["weight"]
-        found.append({
-            "node": node.name,
-            "weight": re.sub(rf"_{given['layout']}(_halves)?_weight$", "", weight.name) if "layout" in given else weight.name,
-            "format": given.get("format") or str(weight.meta["val"].dtype).removeprefix("torch."),
-            "activation": given.get("activation", "none"),
-            "bytes": sum(graph.weights[w.name].dtype.itemsize * math.prod(graph.weights[w.name].shape) for w in weights),
-        })  # fmt: skip
+        for name in ("weight", "w_in", "w_out"):
+            weight = given.get(name)
+            if weight is None or weight.name not in graph.weights:
+                continue
+            side = name.removeprefix("w")  # of experts: _in, _out
+            read = [a for n, a in given.items() if isinstance(a, fx.Node) and a.name in graph.weights and (name == "weight" or n.endswith(side))]
+            found.append({
+                "node": node.name,
+                "codes": weight.name,
+                "weight": re.sub(rf"_{given['layout']}(_halves)?_weight$", "", weight.name) if "layout" in given else weight.name,
+                "format": given.get("format") or str(weight.meta["val"].dtype).removeprefix("torch."),
+                "activation": given.get("activation", "none"),
+                "bytes": sum(graph.weights[w.name].dtype.itemsize * math.prod(graph.weights[w.name].shape) for w in dict.fromkeys(read)),
+            })  # fmt: skip
     return found
 
 
-def dequantized(graph: Graph) -> list[str]:
-    """Weights that a checkpoint has quantized and no kernel reads so: they are floats in the artifact."""
+def dequantized(graph: Graph) -> dict[str, str]:
+    """Weights that a checkpoint has quantized and no kernel reads so, and why: they are floats in the artifact."""
 
-    def dequantizes(recipe: Recipe) -> bool:
-        return recipe.op == "dequantize" or any(map(dequantizes, recipe.inputs))
+    def ops(recipe: Recipe) -> set[str]:
+        return {recipe.op}.union(*map(ops, recipe.inputs))
 
-    return [n for n, w in graph.weights.items() if dequantizes(w.recipe)]
+    made = {name: ops(w.recipe) for name, w in graph.weights.items()}
+    ordered = "the columns of experts are in act order (desc_act)"
+    return {name: ordered if "argsort" in found else "no kernel reads it otherwise" for name, found in made.items() if "dequantize" in found}
 
 
 def num_elements(weight: Weight) -> int:

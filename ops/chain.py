@@ -9,7 +9,7 @@ from .kernel import Candidate, Operand, Tensor
 
 
 def chain(head: Candidate, middle: Tensor, link: str, tail: Candidate, renamed: Mapping[str, str] | None = None) -> Candidate:
-    """`head`, whose result 0 is `middle`, then `tail`, which reads it as its argument `link`.
+    """`head`, whose result 0 is `middle`, then `tail`, which reads it as its argument `link`. Other results of `head` are the whole call's.
 
     `renamed`: arguments of `head` that the whole call knows by another name.
     """
@@ -17,7 +17,7 @@ def chain(head: Candidate, middle: Tensor, link: str, tail: Candidate, renamed: 
     behind = 1 + len(head.scratch)
 
     def of_head(o: Operand) -> Operand:
-        if o.out is not None:
+        if o.out == 0:
             return Operand(scratch=0, view=o.view)
         if o.scratch is not None:
             return replace(o, scratch=o.scratch + 1)

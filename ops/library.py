@@ -65,6 +65,12 @@ def scaled_mm(out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, weight:
     torch._scaled_mm(x, weight.t(), x_scale, scale.view(1, -1), out_dtype=out.dtype, use_fast_accum=True, out=out)
 
 
+def multiplies_codes(format: str, activation: str, dtype: torch.dtype, n: int, k: int) -> bool:
+    """Whether `scaled_mm` computes a quantized product: of float8 with a scale for each row of both sides."""
+    rounded = activation in ("fp8_e4m3_token", "fp8_e4m3_static")
+    return rounded and format == "fp8_e4m3_channel" and dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0
+
+
 def _launch(name: str, *operands: Operand) -> Launch:
     return Launch(Source("library", "torch", name, ""), operands)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import formats
 from .dialect import op
 from .glu import ACTIVATIONS, GATES
+from .quantized import round_activation
 
 
 @op("route(Tensor logits, int k, bool softmax, bool renormalize, float scale, ScalarType dtype) -> (Tensor, Tensor)",
@@ -48,27 +51,41 @@ def moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor,
     An expert is w_out · GATES[act](gate, up), which is act(gate) · up for most, with w_in [X, 2I, D] = gate | up (pairs side by side if `interleaved`), or
     w_out · act(w_in x) with w_in [X, I, D] if not `gated`; w_out [X, D, I]. `transposed`: the last two dims swapped.
     """
+    return _mixture(x, expert_ids, expert_weights, w_in, b_in, w_out, b_out, act, gated, transposed, interleaved, lambda h: h)
+
+
+def _mixture(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor,
+             b_out: torch.Tensor | None, act: str, gated: bool, transposed: bool, interleaved: bool,
+             rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:  # fmt: skip
+    """`rounded`: rows as they are multiplied."""
     tokens, active = expert_ids.shape
     ids = expert_ids.reshape(-1)
-    h = grouped_linear(x.repeat_interleave(active, 0), w_in, b_in, ids, transposed)
+    h = grouped_linear(rounded(x).repeat_interleave(active, 0), w_in, b_in, ids, transposed)
     if gated:
         gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
         h = GATES[act](gate, up)
     else:
         h = ACTIVATIONS[act](h)
-    h = grouped_linear(h, w_out, b_out, ids, transposed)
+    h = grouped_linear(rounded(h), w_out, b_out, ids, transposed)
     return (h.float() * expert_weights.reshape(-1, 1).float()).view(tokens, active, -1).sum(1).to(x.dtype)
 
 
-@op("quantized_moe(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor w_in, Tensor s_in, Tensor? b_in, Tensor w_out, Tensor s_out, Tensor? b_out, "
-    "str act, bool gated, str format) -> Tensor", fake=lambda x, *rest: torch.empty_like(x), rowwise=True, host_sync=True)  # fmt: skip
-def quantized_moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, w_in: torch.Tensor, s_in: torch.Tensor, b_in: torch.Tensor | None,
-                  w_out: torch.Tensor, s_out: torch.Tensor, b_out: torch.Tensor | None, act: str, gated: bool, format: str) -> torch.Tensor:  # fmt: skip
-    """`moe` with experts of codes w_in [X, 2I, D], w_out [X, D, I] and their scales, in a format whose layout is "rows". Rows of x are not rounded."""
-    form = formats.get(format)
+@op("quantized_moe(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor w_in, Tensor s_in, Tensor? z_in, Tensor? b_in, Tensor w_out, Tensor s_out, "
+    "Tensor? z_out, Tensor? b_out, str act, bool gated, str format, str layout, str activation, int inner) -> Tensor",
+    fake=lambda x, *rest: torch.empty_like(x), rowwise=True, host_sync=True)  # fmt: skip
+def quantized_moe(x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, w_in: torch.Tensor, s_in: torch.Tensor, z_in: torch.Tensor | None,
+                  b_in: torch.Tensor | None, w_out: torch.Tensor, s_out: torch.Tensor, z_out: torch.Tensor | None, b_out: torch.Tensor | None, act: str,
+                  gated: bool, format: str, layout: str, activation: str, inner: int) -> torch.Tensor:  # fmt: skip
+    """`moe` with experts [2I, D] and [D, I], I = `inner`, that their packed parts mean, codes w, scales s and zeros z, one expert after another along a
+    first dim; rows are rounded as `activation` says before each product. Gate and up of an expert were packed one after the other, as in `quantized_linear`.
+    """
 
-    def meant(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        parts = form.unpack({"weight": codes.flatten(0, 1), "scale": scale.flatten(0, 1)}, "rows", codes.shape[0] * codes.shape[1], codes.shape[2])
-        return form.dequantize(parts).view(codes.shape).to(x.dtype)
+    def meant(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, n: int, k: int, pieces: int) -> torch.Tensor:
+        given = (("weight", codes), ("scale", scale), ("zero", zero))
+        parts = {name: part.flatten(0, 1) for name, part in given if part is not None}
+        w = formats.get(format).dequantize(formats.unpacked(parts, format, layout, len(codes) * n, k, len(codes) * pieces))
+        return w.view(len(codes), n, k).to(x.dtype)
 
-    return moe(x, expert_ids, expert_weights, meant(w_in, s_in), b_in, meant(w_out, s_out), b_out, act, gated, False, False)
+    pieces, width = 2 if gated else 1, x.shape[1]
+    matrices = meant(w_in, s_in, z_in, pieces * inner, width, pieces), b_in, meant(w_out, s_out, z_out, width, inner, 1), b_out
+    return _mixture(x, expert_ids, expert_weights, *matrices, act, gated, False, False, lambda h: round_activation(h, activation, None).to(x.dtype))

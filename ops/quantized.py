@@ -74,3 +74,24 @@ def quantized_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     if residual is not None:
         out = out + residual
     return out if act is None else glu(out, act)
+
+
+@op("add_rms_norm_quantized_linear(Tensor x, Tensor added, Tensor? norm_weight, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? bias, str? act, "
+    "str format, str layout, str activation, int n, float eps, float offset) -> (Tensor, Tensor)",
+    fake=lambda x, added, norm_weight, weight, scale, input_scale, bias, act, format, layout, activation, n, *norm: (
+        x.new_empty(*x.shape[:-1], n // 2 if act else n), torch.empty_like(x)),
+    rowwise=True)  # fmt: skip
+def add_rms_norm_quantized_linear(x: torch.Tensor, added: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor,
+                                  input_scale: torch.Tensor | None, bias: torch.Tensor | None, act: str | None, format: str, layout: str, activation: str,
+                                  n: int, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(quantized_linear of x + added, normalized, x + added), as `add_rms_norm` has them."""
+    total = x + added
+    return quantized_linear(total, weight, scale, None, input_scale, bias, None, act, format, layout, activation, n, norm_weight, eps, offset), total
+
+
+@op("glu_quantized_linear(Tensor x, str gate, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? bias, Tensor? residual, str format, str layout, "
+    "str activation, int n) -> Tensor", fake=lambda x, *rest: x.new_empty(*x.shape[:-1], rest[-1]), rowwise=True)  # fmt: skip
+def glu_quantized_linear(x: torch.Tensor, gate: str, weight: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None, bias: torch.Tensor | None,
+                         residual: torch.Tensor | None, format: str, layout: str, activation: str, n: int) -> torch.Tensor:  # fmt: skip
+    """quantized_linear(glu(x [..., 2K], gate), weight [n, K], …) → [..., n]."""
+    return quantized_linear(glu(x, gate), weight, scale, None, input_scale, bias, residual, None, format, layout, activation, n)

@@ -14,9 +14,9 @@ from .kernel import Call, Steps, Tensor
 
 _PERIOD = (1 << 22) - 3
 """A prime, so that no two rows of a weight are alike."""
-_PARTS = {"weight": "weight", "scale": "scale", "zero": "zero", "w_in": "weight", "w_out": "weight", "s_in": "scale", "s_out": "scale"}
+_PARTS = {"weight": "weight", "scale": "scale", "zero": "zero"} | {f"{part[0]}_{side}": part for part in ("weight", "scale", "zero") for side in ("in", "out")}
 """Of quantized weights, by the names of arguments."""
-_SCALES = frozenset({"k_scale", "v_scale", "k_static", "v_static"})
+_SCALES = frozenset({"k_scale", "v_scale", "k_static", "v_static", "input_scale"})
 
 
 def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
@@ -84,8 +84,8 @@ def _value(name: str, arg: Any, sizes: dict[str, int], batch: dict[str, Any], ca
     if not isinstance(arg, Tensor):
         return evaluate(arg, sizes) if isinstance(arg, dict) else arg
     shape = [evaluate(d, sizes) for d in arg.shape]
-    if call.op in ("quantized_linear", "quantized_moe") and (part := _PARTS.get(name)) is not None:
-        k = call.args["x" if call.op == "quantized_linear" else f"w_{name[2:]}"].shape[-1]
+    if "format" in call.args and (part := _PARTS.get(name)) is not None:
+        k = call.args["inner"] if name.endswith("_out") else call.args["x"].shape[-1]
         mean, std = formats.get(call.args["format"]).moments(part, k) if arg.dtype.is_floating_point else (0.0, 1.0)
         return dummy.generate(int(torch.randint(0, 1 << 30, (1,), generator=generator)), mean, std, tuple(shape), arg.dtype, device)
     if arg.dtype == torch.int8:

@@ -17,42 +17,41 @@ from .match import replace as replace_node
 
 
 def quantize_experts(graph: Graph, target: Target) -> Graph:
-    """For CUDA targets alone: a CPU's kernels have experts in floats, which is what they are packed as then."""
-    if target.kind != "cuda":
-        return graph
     graph = graph.copy()
     for node in list(graph.fx.nodes):
         if not calls(node, ingot.moe.default) or argument(node, "transposed") or argument(node, "interleaved"):
             continue
-        weights = [argument(node, n) for n in ("w_in", "w_out")]
-        found = [read_experts(graph.weights[w.name].recipe) if w.name in graph.weights else None for w in weights]
-        if not all(q is not None and q.format == found[0].format and _fits(q, w, target) for q, w in zip(found, weights, strict=True)):  # type: ignore[union-attr]
+        x, ids, chosen, w_in, b_in, w_out, b_out, act, gated, *_ = node.args
+        first, second = (read_experts(graph.weights[w.name].recipe) if w.name in graph.weights else None for w in (w_in, w_out))
+        pieces = 2 if gated else 1
+        if first is None or second is None or first.format != second.format or not (_fits(first, w_in, pieces, target) and _fits(second, w_out, 1, target)):
             continue
-        (w_in, s_in), (w_out, s_out) = (_parts(graph, w, q) for w, q in zip(weights, found, strict=True) if q is not None)
-        x, ids, chosen, _, b_in, _, b_out, act, gated, *_ = node.args
+        form = formats.get(first.format)
+        layout = form.layout(target)
+        into, out = _parts(graph, w_in, first, layout, pieces), _parts(graph, w_out, second, layout, 1)
         with graph.fx.inserting_before(node):
-            call = graph.call(ingot.quantized_moe.default, x, ids, chosen, w_in, s_in, b_in, w_out, s_out, b_out, act, gated, found[0].format)  # type: ignore[union-attr]
-            replace_node(graph, node, call)
+            how = (first.format, layout, form.activation(target), second.k)
+            replace_node(graph, node, graph.call(ingot.quantized_moe.default, x, ids, chosen, *into, b_in, *out, b_out, act, gated, *how))
     return drop_unused(graph)
 
 
-def _fits(found: Quantized, weight: fx.Node, target: Target) -> bool:
+def _fits(found: Quantized, weight: fx.Node, pieces: int, target: Target) -> bool:
     """Whether a kernel reads the format, and no two experts, nor gate and up, share a scale."""
     _, n, _ = weight.meta["val"].shape
-    return found.format in expert_formats(target) and n % (2 * formats.get(found.format).rows) == 0
+    return found.format in expert_formats(target) and n % (pieces * formats.get(found.format).rows) == 0
 
 
-def _parts(graph: Graph, node: fx.Node, found: Quantized) -> list[fx.Node]:
-    """Codes [X, N, K] and scales [X, …], packed one expert after the other."""
+def _parts(graph: Graph, node: fx.Node, found: Quantized, layout: str, pieces: int) -> list[fx.Node | None]:
+    """Codes, scales and zeros, packed one expert after the other, and of each expert one piece after the other."""
     experts = node.meta["val"].shape[0]
     form = formats.get(found.format)
-    plain = form.quantize(torch.empty(found.n, found.k, dtype=getattr(torch, found.dtype), device="meta"))
-    made = []
-    for part, like in formats.packed(plain, found.format, "rows", 1).items():
-        shape = (experts, like.shape[0] // experts, *like.shape[1:])
-        recipe = Recipe("reshape", shape, (Recipe("pack", (found.format, "rows", part, found.n, found.k, 1), found.parts),))
-        made.append(graph.add_weight(f"{node.name}_rows_{part}", Weight(recipe, like.dtype, shape)))
-    return made
+    plain = form.quantize(torch.empty(found.n // experts, found.k, dtype=getattr(torch, found.dtype), device="meta"))
+    parts: dict[str, fx.Node | None] = {"weight": None, "scale": None, "zero": None}
+    for part, like in formats.packed(plain, found.format, layout, pieces).items():
+        shape = (experts, *like.shape)
+        recipe = Recipe("reshape", shape, (Recipe("pack", (found.format, layout, part, found.n, found.k, experts * pieces), found.parts),))
+        parts[part] = graph.add_weight(f"{node.name}_{layout}_{part}", Weight(recipe, like.dtype, shape))
+    return list(parts.values())
 
 
 def example() -> Graph:

@@ -23,6 +23,7 @@ FAMILIES = (
     "packed_attention",
     "pooling",
     "quantized_linear",
+    "quantized_moe",
     "rotary",
     "routing",
     "sampling",

@@ -239,7 +239,7 @@ def sum_pairs_kernel(pairs, out, N: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.c
 
 
 @dataclass(frozen=True)
-class _Product:
+class MatrixProduct:
     """Rows times the matrices of their experts. `constants` says how a matrix and its columns lie, and what is done to the result."""
 
     call: Call
@@ -248,7 +248,7 @@ class _Product:
 
     @classmethod
     def of(cls, call: Call, x: Operand, weight: str, bias: str, transposed: bool, *, shared: int = 1, scale: str = "", gated: bool = False,
-           interleaved: bool = False, act: str | None = None, w_scale: str = "", quantized: Weights | None = None) -> _Product:  # fmt: skip
+           interleaved: bool = False, act: str | None = None, w_scale: str = "", quantized: Weights | None = None) -> MatrixProduct:  # fmt: skip
         experts, *matrix = call.args[weight].shape
         width, k = matrix[::-1] if transposed else matrix
         n = width // 2 if gated else width
@@ -289,10 +289,20 @@ class _Product:
                 found.append((min(n // self.weights, power_of_two(self.n)), k, warps))
         return list(dict.fromkeys(found))
 
-    def fitted(self, tile: Tile, dtype: torch.dtype, target: Target) -> list[Tile]:
+    def tiles(self, height: float, steps: Steps) -> tuple[Tile, ...]:
+        """For so many rows of each expert; of deterministic steps, whatever their size, the same."""
+        if self.call.args["x"].dtype == torch.float32:
+            return EXACT[:1] if height <= 16 else EXACT
+        if steps.deterministic:
+            return SOME_ROWS[:4]
+        if height <= 24:
+            return FEW_ROWS[:4] if height <= 4 else (*FEW_ROWS[:2], *SOME_ROWS[:3])
+        return (*SOME_ROWS[:3], *MANY_ROWS[:2]) if height <= 96 else MANY_ROWS
+
+    def fitted(self, tile: Tile, target: Target) -> list[Tile]:
         """The tile as the product's size, and the groups of its weight, let it be; none if it does not fit."""
         tile = replace(tile, k=min(tile.k, self.constants["GROUP"] or tile.k))
-        return fitted([tile], dtype, self.weights, self.n, self.k, target)
+        return fitted([tile], self.call.args["x"].dtype, self.weights, self.n, self.k, target)
 
     def gemv(self, rows: Dim, summed: int, block: tuple[int, int, int], out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
         n, k, warps = block
@@ -300,7 +310,7 @@ class _Product:
         constants = self.constants | {"SUM": summed, "BLOCK_N": n, "BLOCK_K": k}
         grid = ((rows, 1), (self.n, n))
         return launch(
-            self.call, [grouped_gemv_kernel, gated, activate, tanh], _in_order(grouped_gemv_kernel, operands), constants, grid, scratch=scratch, num_warps=warps
+            self.call, [grouped_gemv_kernel, gated, activate, tanh], in_order(grouped_gemv_kernel, operands), constants, grid, scratch=scratch, num_warps=warps
         )
 
     def gemm(self, tile: Tile, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
@@ -313,13 +323,13 @@ class _Product:
             "depth": Operand(const=self.k),
         }
         constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8, "PRECISION": precision}
-        operands = _in_order(grouped_gemm_kernel, self.operands | sorted_pairs | {"out": out})
+        operands = in_order(grouped_gemm_kernel, self.operands | sorted_pairs | {"out": out})
         grid = ((slots, tile.m), (self.n, tile.n))
         functions = [grouped_gemm_kernel, tile_at, multiply, gated, activate, tanh]
         return launch(self.call, functions, operands, constants, grid, scratch=scratch, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _in_order(kernel: Any, operands: dict[str, Operand]) -> dict[str, Operand]:
+def in_order(kernel: Any, operands: dict[str, Operand]) -> dict[str, Operand]:
     return {p: operands[p] for p in kernel.arg_names if p in operands}
 
 
@@ -338,20 +348,8 @@ def _sort(call: Call, steps: Steps, pairs: Dim, slots: Dim, experts: int, height
     return launch(call, [sort_pairs_kernel, buckets], operands, constants, ((experts + 1, 1),), scratch=scratch)
 
 
-def _tiles(pairs: int, experts: int, dtype: torch.dtype, steps: Steps) -> tuple[Tile, ...]:
-    """By how many rows an expert has when pairs are spread evenly; of deterministic steps, whatever their size, the same."""
-    height = pairs / min(experts, pairs)
-    if dtype == torch.float32:
-        return EXACT[:1] if height <= 16 else EXACT
-    if steps.deterministic:
-        return SOME_ROWS[:4]
-    if height <= 24:
-        return FEW_ROWS[:4] if height <= 4 else (*FEW_ROWS[:2], *SOME_ROWS[:3])
-    return (*SOME_ROWS[:3], *MANY_ROWS[:2]) if height <= 96 else MANY_ROWS
-
-
-def _candidates(call: Call, steps: Steps, target: Target, tokens: Dim, active: int, products: Sequence[_Product]) -> list[Candidate]:
-    """Products one after the other; what the last one makes of the `active` pairs of a token is added up."""
+def candidates(call: Call, steps: Steps, target: Target, tokens: Dim, active: int, products: Sequence[Any]) -> list[Candidate]:
+    """Products, `MatrixProduct` or alike, one after the other; what the last one makes of the `active` pairs of a token is added up."""
     dtype, pairs, experts = call.args["x"].dtype, product(tokens, active), products[0].constants["X"]
     *inner, last = products
     middle = tuple(Tensor(dtype, (pairs, p.n)) for p in inner)
@@ -364,8 +362,8 @@ def _candidates(call: Call, steps: Steps, target: Target, tokens: Dim, active: i
             found.append(Candidate(f"gemv_{name}", tuple(launches), middle, rank=(0.0 if most(tokens, steps) <= 4 else 2.0) + len(found) / 10))
     if found and most(tokens, steps) == 1:
         return found
-    for tile in _tiles(most(pairs, steps), experts, dtype, steps):
-        fits = [p.fitted(tile, dtype, target) for p in products]
+    for tile in products[0].tiles(most(pairs, steps) / min(experts, most(pairs, steps)), steps):
+        fits = [p.fitted(tile, target) for p in products]
         if not all(fits):
             continue
         tiles = [f[0] for f in fits]
@@ -393,8 +391,8 @@ def _multiplies(call: Call, *weights: str) -> bool:
 def grouped_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     if not _multiplies(call, "weight"):
         return []
-    one = _Product.of(call, Operand(arg="x"), "weight", "bias", call.args["transposed"])
-    return _candidates(call, steps, target, call.args["x"].shape[0], 1, [one])
+    one = MatrixProduct.of(call, Operand(arg="x"), "weight", "bias", call.args["transposed"])
+    return candidates(call, steps, target, call.args["x"].shape[0], 1, [one])
 
 
 @claims("moe", "triton")
@@ -402,22 +400,7 @@ def moe(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     if not _multiplies(call, "w_in", "w_out"):
         return []
     args, (tokens, active) = call.args, call.args["expert_ids"].shape
-    first = _Product.of(call, Operand(arg="x"), "w_in", "b_in", args["transposed"], shared=active, gated=args["gated"],
+    first = MatrixProduct.of(call, Operand(arg="x"), "w_in", "b_in", args["transposed"], shared=active, gated=args["gated"],
                         interleaved=args["interleaved"], act=args["act"])  # fmt: skip
-    second = _Product.of(call, Operand(scratch=0), "w_out", "b_out", args["transposed"], scale="expert_weights")
-    return _candidates(call, steps, target, tokens, active, [first, second])
-
-
-@claims("quantized_moe", "triton")
-def quantized_moe(call: Call, steps: Steps, target: Target) -> list[Candidate]:
-    """Codes of eight bits are widened in registers; where rows share a scale, it multiplies what comes out."""
-    args, weights = call.args, Weights.of(call.args["format"])
-    if weights is None or weights.bits != 8 or weights.zero or not supported(call, target) or args["x"].dtype not in FLOATS[:2]:
-        return []
-    inner = args["w_out"].shape[2]
-    if any(n % weights.rows for n in (inner, args["w_in"].shape[1], args["w_out"].shape[1])):
-        return []
-    tokens, active = args["expert_ids"].shape
-    first = _Product.of(call, Operand(arg="x"), "w_in", "b_in", False, shared=active, gated=args["gated"], act=args["act"], w_scale="s_in", quantized=weights)
-    second = _Product.of(call, Operand(scratch=0), "w_out", "b_out", False, scale="expert_weights", w_scale="s_out", quantized=weights)
-    return _candidates(call, steps, target, tokens, active, [first, second])
+    second = MatrixProduct.of(call, Operand(scratch=0), "w_out", "b_out", args["transposed"], scale="expert_weights")
+    return candidates(call, steps, target, tokens, active, [first, second])

@@ -11,11 +11,11 @@ from triton import JITFunction
 
 from ..dims import product as product_of
 from ..kernel import Candidate, Launch, Operand, Tensor, Tickets
-from ..target import SHARED_MEMORY_BYTES
+from ..target import SHARED_MEMORY_BYTES, Target
 from .linear import PROGRAMS, prefetched, split_of
 from .prefetch import prefetch_rows
 from .product_tile import FINISH_TILE, tile_at
-from .quantized_product import CHUNK, Product
+from .quantized_product import CHUNK, Product, Weights
 from .source import launch, power_of_two
 
 MAX_STAGES = 8
@@ -46,30 +46,36 @@ class Tiles:
     gated_some: tuple[Tile, ...]
     gated_many: tuple[Tile, ...]
 
-    def of(self, product: Product) -> tuple[Tile, ...]:
-        if product.rows <= 16:
+    def of(self, rows: int, gated: bool, deterministic: bool) -> tuple[Tile, ...]:
+        """Those for up to so many rows of x."""
+        if rows <= 16:
             return self.few
-        if product.rows <= 64 or product.steps.deterministic:  # one tile serves all of those: one that still streams the weight when rows are few
-            return self.gated_some if product.act else self.some
-        return self.gated_many if product.act else self.many
+        if rows <= 64 or deterministic:  # one tile serves all of those: one that still streams the weight when rows are few
+            return self.gated_some if gated else self.some
+        return self.gated_many if gated else self.many
+
+
+def fitting(wanted: Sequence[Tile], weights: Weights, pieces: int, width: int, k: int, dtype: torch.dtype, target: Target, x_group: int = 0) -> list[Tile]:
+    """Those that fit in shared memory, as the groups and sizes of a product let them be. `dtype`: of x as it is multiplied; `pieces`: weights side by side."""
+    widens = dtype.itemsize > 1
+    found = []
+    for t in wanted:
+        depth = CHUNK if weights.bits == 4 else x_group or weights.group or max(32, min(t.k, power_of_two(k)))
+        n = min(t.n, max(32, power_of_two(width)))
+        stage = depth * (pieces * n * weights.bits // 8 + t.m * dtype.itemsize)
+        # without wgmma, widened weights go through shared memory to become the left operand
+        widened = n * depth * dtype.itemsize if widens and target.arch != 90 else 0
+        stages = min(t.stages * max(1, t.k // depth), (SHARED_MEMORY_BYTES[target.isa] - widened) // stage, MAX_STAGES)
+        if stages >= 2:
+            found.append(replace(t, n=n, k=depth, stages=stages))
+    return list(dict.fromkeys(found))
 
 
 def tiles(product: Product, wanted: Tiles) -> list[Tile]:
-    """Those that fit in shared memory, as the product's groups and sizes let them be, best first."""
-    pieces, bits = 2 if product.act else 1, product.weights.bits
-    group = product.x_group or product.weights.group
-    x_bytes = 1 if product.codes is not None else product.x.dtype.itemsize
-    found = []
-    for t in wanted.of(product):
-        depth = CHUNK if bits == 4 else group or max(32, min(t.k, power_of_two(product.k)))
-        n = min(t.n, max(32, power_of_two(product.width)))
-        stage = depth * (pieces * n * bits // 8 + t.m * x_bytes)
-        # without wgmma, widened weights go through shared memory to become the left operand
-        widened = n * depth * x_bytes if product.codes is None and product.target.arch != 90 else 0
-        stages = min(t.stages * max(1, t.k // depth), (SHARED_MEMORY_BYTES[product.target.isa] - widened) // stage, MAX_STAGES)
-        if stages >= 2:
-            found.append(replace(t, n=n, k=depth, stages=stages))
-    found = list(dict.fromkeys(found))
+    """Those that fit, best first, and with few rows some that split K."""
+    gated = product.act is not None
+    found = fitting(wanted.of(product.rows, gated, product.steps.deterministic), product.weights, 2 if gated else 1, product.width, product.k,
+                    product.codes or product.x.dtype, product.target, product.x_group)  # fmt: skip
     if product.rows > 256:
         return found
     apart = []

@@ -7,9 +7,10 @@ widened in registers (`weight_only_gemm`), or dequantized as a whole for the lib
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..chain import chain
-from ..kernel import Call, Candidate, Steps, claimants, claims
+from ..kernel import Call, Candidate, Steps, Tensor, claimants, claims
 from ..target import Target
 from .dequantize import dequantized
 from .quantized_gemv import gemvs
@@ -25,15 +26,38 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
         return []
     alone = gemvs(product) if product.rows == 1 else []
     rank, most = (1.0, 3) if alone else (0.0, None)
-    if call.args["eps"] is not None and (product.codes is None or product.x_group):
+    if call.args["eps"] is not None and product.codes is None:
         return alone + _behind_norm(product, rank)[:most]
-    found = weight_only_gemms(product) if product.codes is None else scaled_gemms(product)
-    found = alone + [replace(c, rank=rank + i / 10) for i, c in enumerate(found[:most])]
-    if product.codes is None and product.rows > 64:
-        found += dequantized(product)
-    if product.codes is not None and product.rows > 16:
-        found += library(product)
-    return found
+    if product.codes is not None:
+        return alone + _of_codes(product, rank, most)
+    found = alone + [replace(c, rank=rank + i / 10) for i, c in enumerate(weight_only_gemms(product)[:most])]
+    return found + dequantized(product) if product.rows > 64 else found
+
+
+@claims("glu_quantized_linear", "triton")
+def glu_quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """A unit before rounded rows is part of their rounding."""
+    x = call.args["x"]
+    product = _rounding(call, steps, target, x=Tensor(x.dtype, (*x.shape[:-1], x.shape[-1] // 2)), act=None, norm_weight=None, eps=None, offset=0.0)
+    return [] if product is None else _of_codes(product, gate=call.args["gate"])
+
+
+@claims("add_rms_norm_quantized_linear", "triton")
+def add_rms_norm_quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
+    """So is a norm, with the sum that it is of."""
+    product = _rounding(call, steps, target, residual=None)
+    return [] if product is None else _of_codes(product)
+
+
+def _rounding(call: Call, steps: Steps, target: Target, **inner: Any) -> Product | None:
+    """The product with rounded rows in a call that is more than that: its arguments, and `inner` ones."""
+    product = Product.of(Call("quantized_linear", call.args | {"zero": None} | inner, call.results), steps, target)
+    return None if product is None or product.codes is None else product
+
+
+def _of_codes(product: Product, rank: float = 0.0, most: int | None = None, gate: str | None = None) -> list[Candidate]:
+    found = [replace(c, rank=rank + i / 10) for i, c in enumerate(scaled_gemms(product, gate)[:most])]
+    return found + library(product, gate) if product.rows > 16 else found
 
 
 def _behind_norm(product: Product, rank: float) -> list[Candidate]:

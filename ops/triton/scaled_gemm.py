@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 
 from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
+from ..library import multiplies_codes
 from .prefetch import prefetch_rows
 from .product_tile import finish_tile, tile_at
 from .quantized_gemm import Tile, Tiles, gemm, tiles
@@ -115,21 +115,21 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
     finish_tile(h, u, bias, residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
 
 
-def scaled_gemms(product: Product) -> list[Candidate]:
-    """x is rounded in a launch of its own, which does what stands before the product too: a norm."""
-    first, scratch = rounded(product)
+def scaled_gemms(product: Product, gate: str | None = None) -> list[Candidate]:
+    """x is rounded in a launch of its own, which does what stands before the product too: a norm, or the unit `gate`."""
+    first, scratch = rounded(product, gate)
     operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
     constants = product.constants("WORDS", "BITS", "MIDDLE") | {"X_SCALES": scratch[1].shape[1]}
     functions = [scaled_gemm_kernel, multiply_codes]
     return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in tiles(product, TILES)]
 
 
-def library(product: Product) -> list[Candidate]:
+def library(product: Product, gate: str | None = None) -> list[Candidate]:
     """cuBLASLt's product of float8 codes with a scale for each row of both; what follows it is a kernel of its own."""
     args, n = product.call.args, product.call.args["n"]
-    if product.codes != torch.float8_e4m3fn or product.weights.group or product.x_group or product.k % 16 or n % 16 or product.x.dtype != torch.bfloat16:
+    if not multiplies_codes(args["format"], args["activation"], product.x.dtype, n, product.k):
         return []
-    first, scratch = rounded(product)
+    first, scratch = rounded(product, gate)
     operands = (Operand(out=0), Operand(scratch=0), Operand(scratch=1), Operand(arg="weight"), Operand(arg="scale"))
     multiply = Launch(Source("library", "torch", "scaled_mm", ""), operands)
     rank = 0.5 if product.steps.max_tokens <= 64 else -1.0

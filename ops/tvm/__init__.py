@@ -3,7 +3,7 @@
 from importlib import import_module
 
 FAMILIES = ("attention", "embedding", "glu", "kv_cache", "latent_attention", "linear", "linear_attention", "moe", "norm", "pooling", "quantized_linear",
-            "rotary", "routing", "state_space")  # fmt: skip
+            "quantized_moe", "rotary", "routing", "state_space")  # fmt: skip
 
 
 def load() -> None:

@@ -26,7 +26,7 @@ def grouped_linear(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         return []
     v = Vectors(target)
     one = _Product(v, call, "weight", "bias", zeros=True)
-    return [Candidate("experts", (_listing(call, v), one.launch(Operand(arg="x"), Operand(out=0))), _listed(call, call.args["x"].shape[0]))]
+    return [Candidate("experts", (listing(call, v), one.launch(Operand(arg="x"), Operand(out=0))), listed(call, call.args["x"].shape[0]))]
 
 
 @claims("moe", "tvm")
@@ -38,12 +38,12 @@ def moe(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     pairs = product(tokens, active)
     first = _Product(v, call, "w_in", "b_in", active, args["act"], args["gated"], args["interleaved"])
     second = _Product(v, call, "w_out", "b_out", result="float32")
-    scratch = (*_listed(call, pairs), Tensor(args["x"].dtype, (pairs, first.columns)), Tensor(torch.float32, (pairs, second.columns)))
+    scratch = (*listed(call, pairs), Tensor(args["x"].dtype, (pairs, first.columns)), Tensor(torch.float32, (pairs, second.columns)))
     launches = (
-        _listing(call, v),
+        listing(call, v),
         first.launch(Operand(arg="x"), Operand(scratch=2)),
         second.launch(Operand(scratch=2), Operand(scratch=3)),
-        _sum(call, v, steps, 3),
+        summed(call, v, steps, 3),
     )
     return [Candidate("experts", launches, scratch)]
 
@@ -81,7 +81,7 @@ class _Ids:
         return f'T.Cast("int32", T.min(T.Cast("uint64", ids[{index}]), T.uint64({self.experts})))'
 
 
-def _listing(call: Call, v: Vectors) -> Launch:
+def listing(call: Call, v: Vectors) -> Launch:
     """order: pairs by expert, those without one last; those of expert e are numbers starts[e] up to starts[e + 1]. A counting sort."""
     ids = _Ids.of(call)
     pair = f"for row in T.serial(rows):\n    for a in T.serial({ids.active}):\n        e: T.let = {ids.bucket('row', 'a')}"
@@ -100,8 +100,8 @@ for e in T.serial({ids.experts}):
     return Launch(Source("moe", "tvm", "list_pairs", text), (Operand(arg="expert_ids"), Operand(scratch=0), Operand(scratch=1)))
 
 
-def _listed(call: Call, pairs: Dim) -> tuple[Tensor, Tensor]:
-    """What `_listing` makes, as scratch."""
+def listed(call: Call, pairs: Dim) -> tuple[Tensor, Tensor]:
+    """What `listing` makes, as scratch."""
     return Tensor(torch.int32, (pairs,)), Tensor(torch.int32, (_Ids.of(call).experts + 3,))
 
 
@@ -179,7 +179,7 @@ for task in T.parallel({-(-columns // COLUMNS)}):
         return v.script(name, buffers, body)
 
 
-def _sum(call: Call, v: Vectors, steps: Steps, scratch: int) -> Launch:
+def summed(call: Call, v: Vectors, steps: Steps, scratch: int) -> Launch:
     """Of each token the rows of its pairs times their weights, those without an expert left out."""
     ids, weights, out = _Ids.of(call), call.args["expert_weights"], call.results[0]
     (columns,) = numbers(out.shape[1:])

@@ -23,7 +23,8 @@ from .rates import Rates
 WRITES = ("ingot.kv_write", "ingot.qkv_rope_kv_write", "ingot.latent_write", "ingot.latent_rope_write")
 """Ops that have a cache among their arguments and do not read it."""
 EXPERTS = ("ingot.moe", "ingot.quantized_moe", "ingot.grouped_linear")
-MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", "ingot.head_linear", *EXPERTS)
+MULTIPLIES = ("ingot.linear", "ingot.rms_norm_linear", "ingot.quantized_linear", "ingot.add_rms_norm_quantized_linear", "ingot.glu_quantized_linear",
+              "ingot.head_linear", *EXPERTS)  # fmt: skip
 """How the names of ops begin that multiply rows with weights; of experts, with one of many."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.difference import differences
 from ingot.artifacts.gate_record import verdicts
+from ingot.artifacts.plan import Entry
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
 
@@ -51,8 +53,8 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     described = msgspec.to_builtins(manifest)
     kernels, gate = {k.name: k for k in manifest.kernels}, verdicts(artifact)
     variants = []
-    for name in manifest.variants:
-        plan = artifact.plan(name)
+    plans = {name: artifact.plan(name) for name in manifest.variants}
+    for name, plan in plans.items():
         sizes = {field: getattr(plan, field) for field in ("max_tokens", "max_seqs", "max_num_new", "max_rows", "capture", "arena_bytes")}
         entries = [
             {"node": e.node, "target": e.target, "backend": e.backend, "kernel": e.kernel, "reason": e.reason}
@@ -67,7 +69,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_token": sum(g.bytes_per_unit // g.page_size for g in manifest.groups if g.page_size),
         "slot_bytes_per_sequence": sum(g.bytes_per_unit for g in manifest.groups if not g.page_size),
         "variants": variants,
-        "layers": _layers(manifest.report, variants[0]["entries"] if variants else []),
+        "layers": _layers(manifest.report, next(iter(plans.values())).entries if plans else (), gate),
         "kernels": [{**k, "gate": gate[k["name"]], "file_bytes": artifact.path(k["file"]).stat().st_size} for k in described["kernels"]],
         "weights": {
             "tensors": len(manifest.weights),
@@ -79,15 +81,13 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _layers(report: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each product with a weight, and what computes it in the smallest steps: one kernel or several, the last of which multiplies."""
-    by_node: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        by_node.setdefault(entry["node"], []).append(entry)
+def _layers(report: dict[str, Any], entries: Sequence[Entry], gate: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Each weight that rows are multiplied by, and the kernel that reads it in the smallest steps."""
+    readers = {(entry.node, name): entry for entry in entries for name in entry.names()}
     found = []
     for layer in report.get("layers", []):
-        last = by_node[layer["node"]][-1]
-        found.append({**layer, "backend": last["backend"], "kernel": last["kernel"] or "reference", "gate": last.get("gate", "")})
+        reader = readers[layer["node"], layer["codes"]]
+        found.append({**layer, "backend": reader.backend, "kernel": reader.kernel or "reference", "gate": gate.get(reader.kernel, "")})
     return found
 
 
@@ -100,8 +100,8 @@ def _print_layers(d: dict[str, Any]) -> None:
     for layer in d["layers"]:
         table.add_row(layer["weight"], layer["format"], layer["activation"], f"{layer['bytes']:,}", layer["kernel"], layer["gate"])
     console.print(table)
-    for name in d["report"].get("dequantized", []):
-        console.print(f"{name}: quantized in the checkpoint, and dequantized here: no kernel reads it otherwise")
+    for name, reason in d["report"].get("dequantized", {}).items():
+        console.print(f"{name}: quantized in the checkpoint, and dequantized here: {reason}")
 
 
 def _captured(buckets: list[int]) -> str:

@@ -1,5 +1,6 @@
 """Quantized weights through the passes: what is joined, what is kept apart, and that the lowered graph still computes the model."""
 
+import math
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from ingot.compiler.pipeline import lower
-from ingot.compiler.quantization import Request, choose_as, choose_online, dequantized, expert_formats, quantize_weights, with_activations
+from ingot.compiler.pipeline import lower, lower_many_rows
+from ingot.compiler.quantization import Request, choose_as, choose_online, dequantized, expert_formats, layers, quantize_weights, with_activations
 from ingot.compiler.weights import bind, final_recipe
 from ingot.models import oracle, tiny
 from ingot.models.checkpoint import Checkpoint
@@ -22,7 +23,8 @@ from ingot.ops.errors import IngotError
 from ingot.ops.graph import op_of
 from ingot.ops.target import Target
 
-save_gptq = runpy.run_path(str(Path(__file__).parents[1] / "quantized_checkpoint.py"))["save_gptq"]
+made_up = runpy.run_path(str(Path(__file__).parents[1] / "quantized_checkpoint.py"))
+save_gptq, gptq_tensors = made_up["save_gptq"], made_up["gptq_tensors"]
 CPU, CUDA = Target("cpu", "x86-64:avx2+fma", ""), Target("cuda", "sm_90", "")
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
                      max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, architectures=["LlamaForCausalLM"])  # fmt: skip
@@ -168,6 +170,10 @@ def test_dummy_weights_of_a_quantized_model_are_seeds() -> None:
     packed = {n: w for n, w in lowered.weights.items() if w.recipe.op == "pack"}
     assert len(packed) == 2 * LAYER * 2
     assert {final_recipe(n, w, None).op for n, w in packed.items()} == {"seed"}
+    wide = lower_many_rows(lowered, CUDA)  # the same weights, for the same artifact
+    assert wide.weights == lowered.weights
+    assert sum(spec.name == "glu_quantized_linear" for n in wide.fx.nodes if (spec := op_of(n)) is not None) == 2
+    assert lower_many_rows(wide, CUDA) is wide
 
 
 def test_experts_of_a_checkpoint_keep_their_codes(tmp_path: Path) -> None:
@@ -184,15 +190,62 @@ def test_experts_of_a_checkpoint_keep_their_codes(tmp_path: Path) -> None:
     graph = trace(config, dtype=torch.bfloat16, page_size=64)
     graph.weights = bind(graph, Checkpoint.open(tmp_path), config)
     lowered, _ = lower(graph, CUDA)
-    assert dequantized(lowered) == []
+    assert dequantized(lowered) == {}
     first = next(n for n in lowered.fx.nodes if (spec := op_of(n)) is not None and spec.name == "quantized_moe")
-    assert first.args[-1] == "fp8_e4m3_block128"
-    for index, names in ((3, ("gate_proj", "up_proj")), (6, ("down_proj",))):
+    assert first.args[13] == "fp8_e4m3_block128"
+    for index, names in ((3, ("gate_proj", "up_proj")), (7, ("down_proj",))):
         for node, suffix in zip(first.args[index : index + 2], ("", "_scale_inv"), strict=True):
             packed = lowered.weights[node.name].recipe.run(tensors, {})
             wanted = [torch.cat([tensors[f"model.layers.0.mlp.experts.{e}.{n}.weight{suffix}"] for n in names]) for e in range(len(packed))]
             assert torch.equal(packed.float(), torch.stack(wanted).float())
     assert "ingot.quantized_moe" not in str(lower(graph, CPU)[0])
+
+
+def gptq_experts(folder: Path, **keys: Any) -> tuple[Checkpoint, Any, Any]:
+    """A small mixture whose experts are quantized, its config, and the model that it means."""
+    torch.manual_seed(0)
+    made = tiny.config("qwen3_moe", hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(folder)
+    tensors, form = load_file(folder / "model.safetensors"), formats.get("int4_group32")
+    meant = dict(tensors)
+    for name in [n for n in tensors if ".experts." in n]:
+        weight, module = tensors.pop(name), name.removesuffix(".weight")
+        parts = gptq_tensors(weight)
+        if keys.get("desc_act"):
+            parts["g_idx"] = parts["g_idx"].flip(0)
+        tensors |= {f"{module}.{n}": t.contiguous() for n, t in parts.items()}
+        meant[name] = form.dequantize(form.quantize(weight))
+    save_file(meant, folder / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    save_file(tensors, folder / "model.safetensors")
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["self_attn", "lm_head", "gate"], **keys}
+    return Checkpoint.open(folder), config, model
+
+
+def test_experts_in_4_bits_compute_the_model(tmp_path: Path) -> None:
+    checkpoint, config, model = gptq_experts(tmp_path)
+    graph = trace(config, dtype=torch.float32, page_size=oracle.PAGE_SIZE)
+    graph.weights = bind(graph, checkpoint, config)
+    for target, layout in ((CUDA, "fragments"), (CPU, "tile16")):
+        lowered, _ = lower(graph, target)
+        assert dequantized(lowered) == {}
+        [mixture] = [n for n in lowered.fx.nodes if (spec := op_of(n)) is not None and spec.name == "quantized_moe"]
+        assert mixture.args[14:16] == (layout, formats.get("int4_group32").activation(target))
+        mixture.update_arg(15, "none")  # the model rounds no rows
+        assert oracle.compare(with_values(lowered, dict(checkpoint.tensors)), model) < 1e-5
+        ours = [layer for layer in layers(lowered) if layer["node"] == mixture.name]
+        assert [layer["format"] for layer in ours] == ["int4_group32"] * 2
+        read = [lowered.weights[n.name] for n in mixture.all_input_nodes if n.name in lowered.weights]
+        assert sum(layer["bytes"] for layer in ours) == sum(math.prod(w.shape) * w.dtype.itemsize for w in read)
+
+
+def test_experts_in_act_order_are_floats_and_it_is_said_why(tmp_path: Path) -> None:
+    checkpoint, config, _ = gptq_experts(tmp_path, desc_act=True)
+    graph = trace(config, dtype=torch.float32)
+    graph.weights = bind(graph, checkpoint, config)
+    lowered, _ = lower(graph, CUDA)
+    assert "the columns of experts are in act order (desc_act)" in dequantized(lowered).values()
 
 
 def test_experts_are_quantized_where_kernels_read_them() -> None:

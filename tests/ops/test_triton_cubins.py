@@ -52,12 +52,13 @@ def recurrences(dtype):
 
 def experts(form, x, count, active, hidden, inner):
     """A mixture of gated experts in a format."""
+    layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
     args = {"x": x, "expert_ids": Tensor(torch.int64, (T, active)), "expert_weights": Tensor(F32, (T, active))}
     for side, n, k in (("in", 2 * inner, hidden), ("out", hidden, inner)):
-        plain = formats.get(form).quantize(torch.empty(count * n, k, dtype=BF16, device="meta"))
-        parts = {p: Tensor(t.dtype, (count, t.shape[0] // count, *t.shape[1:])) for p, t in plain.items()}
-        args |= {f"w_{side}": parts["weight"], f"s_{side}": parts["scale"], f"b_{side}": None}
-    return Call("quantized_moe", args | {"act": "silu", "gated": True, "format": form}, (x,))
+        plain = formats.get(form).quantize(torch.empty(n, k, dtype=BF16, device="meta"))
+        parts = {p: Tensor(t.dtype, (count, *t.shape)) for p, t in formats.packed(plain, form, layout, 1).items()}
+        args |= {f"w_{side}": parts["weight"], f"s_{side}": parts["scale"], f"z_{side}": parts.get("zero"), f"b_{side}": None}
+    return Call("quantized_moe", args | {"act": "silu", "gated": True, "format": form, "layout": layout, "activation": "none", "inner": inner}, (x,))
 
 
 def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
@@ -70,10 +71,16 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
     batch = {"cu_seqlens_q": Tensor(I32, (S1,)), "seq_lens": Tensor(I32, (S,)), "page_table": Tensor(I32, (S, P))}
     q, head = Tensor(dtype, (T, h, e)), Tensor(dtype, (e,))
     square = Tensor(dtype, (hidden, hidden))
+    down = quantized("fp8_e4m3_channel", "fp8_e4m3_token", T, hidden, 4096).args
     return [
         quantized("fp8_e4m3_channel", "fp8_e4m3_token", T, 4096, hidden, "silu"),
+        Call("glu_quantized_linear", {"x": Tensor(BF16, (T, 8192)), "gate": "silu"} | {a: down[a] for a in (
+            "weight", "scale", "input_scale", "bias", "residual", "format", "layout", "activation", "n")}, (Tensor(BF16, (T, hidden)),)),
         quantized("int4_group128", "none", T, 4096, hidden),
         quantized("int8_channel", "int8_token", T, 4096, hidden),
+        Call("add_rms_norm_quantized_linear", {"x": Tensor(BF16, (T, 4096)), "added": Tensor(BF16, (T, 4096)), "norm_weight": None} | {a: down[a] for a in (
+            "weight", "scale", "input_scale", "bias", "act", "format", "layout", "activation", "n")} | {"eps": 1e-6, "offset": 0.0},
+             (Tensor(BF16, (T, hidden)), Tensor(BF16, (T, 4096)))),
         Call("rms_norm", {"x": x, "weight": weight, "eps": 1e-6, "offset": 0.0}, (x,)),
         Call("add_rms_norm", {"x": x, "residual": x, "weight": weight, "eps": 1e-6, "offset": 1.0}, (x, x)),
         Call("linear", {"x": x, "weight": square, "bias": None}, (x,)),
@@ -88,6 +95,7 @@ def calls(h, k, e, f, hidden, dtype, kv_dtype=None):
                      "b_in": None, "w_out": Tensor(dtype, (128, hidden, 768)), "b_out": None, "act": "silu", "gated": True, "transposed": False,
                      "interleaved": False}, (x,)),
         experts("fp8_e4m3_block128", x, 32, 8, hidden, 768),
+        experts("int4_group128", x, 32, 8, hidden, 768),
         Call("route", {"logits": Tensor(dtype, (T, 128)), "k": 8, "softmax": True, "renormalize": True, "scale": 1.0, "dtype": dtype},
              (Tensor(dtype, (T, 8)), Tensor(torch.int64, (T, 8)))),
         Call("qkv_attention", {"qkv": Tensor(dtype, (T, (h + k) * e + k * f)), "cos": table, "sin": table, "q_weight": head, "k_weight": head, **cache,

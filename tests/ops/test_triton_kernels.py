@@ -530,6 +530,7 @@ def quantized_linear_cases():
         ("fp8_e4m3_block128", "none", 1, 140, 330, {}),
         ("fp8_e4m3_block128", "fp8_e4m3_group128", 1, 256, 330, {"act": "silu"}),
         ("fp8_e4m3_block128", "fp8_e4m3_group128", 5, 140, 330, {"residual": True}),
+        ("fp8_e4m3_block128", "fp8_e4m3_group128", 5, 140, 330, {"norm": True}),
         ("int8_channel", "none", 1, 72, 330, {"bias": True}),
         ("int8_channel", "none", 40, 72, 330, {}),
         ("int8_channel", "int8_token", 1, 72, 330, {}),
@@ -549,6 +550,35 @@ def quantized_linear_cases():
         ("int4_group64", "none", 5, 24, 1100, {}),
     ]  # fmt: skip
     return {f"{form}-{activation}-{t}-{'-'.join(extra)}": quantized_case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
+
+
+def glu_quantized_linear_cases():
+    """Of each way to round: K is a multiple of no group, rows of no block."""
+
+    def case(form, activation, rows, n, k, gate, **extra):
+        of = quantized_case(form, activation, rows, n, k, **extra)
+        kept = {a: of.args[a] for a in ("weight", "scale", "input_scale", "bias", "residual", "format", "layout", "activation", "n")}
+        return Case({"x": tensor(T, 2 * k), "gate": gate} | kept, of.results, of.sizes, of.values)
+
+    return {
+        "token": case("fp8_e4m3_channel", "fp8_e4m3_token", 19, 72, 330, "silu", residual=True),
+        "static": case("fp8_e4m3_channel", "fp8_e4m3_static", 5, 40, 96, "gelu"),
+        "block": case("fp8_e4m3_block128", "fp8_e4m3_group128", 5, 140, 330, "silu", bias=True),
+        "int8": case("int8_channel", "int8_token", 3, 40, 72, "relu"),
+    }
+
+
+def add_norm_quantized_linear_cases():
+    def case(form, activation, rows, n, k, **extra):
+        of = quantized_case(form, activation, rows, n, k, norm=True, **extra)
+        kept = {a: of.args[a] for a in ("norm_weight", "weight", "scale", "input_scale", "bias", "act", "format", "layout", "activation", "n", "eps", "offset")}
+        return Case({"x": tensor(T, k), "added": tensor(T, k)} | kept, (*of.results, tensor(T, k)), of.sizes, of.values)
+
+    return {
+        "unit": case("fp8_e4m3_channel", "fp8_e4m3_token", 19, 96, 80, act="silu"),
+        "block": case("fp8_e4m3_block128", "fp8_e4m3_group128", 3, 140, 330, bias=True),
+        "one": case("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 72),
+    }
 
 
 def grouped_linear_cases():
@@ -593,28 +623,35 @@ def moe_cases():
     }
 
 
-def quantized_moe_cases():
-    def case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
-        generator = torch.Generator().manual_seed(rows)
-        values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
-        wide = 2 * inner if gated else inner
-        for side, n, k in (("in", wide, d), ("out", d, inner)):
-            weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
-            parts = formats.packed(formats.get(form).quantize(weight), form, "rows", 1)
-            values |= {f"w_{side}": parts["weight"].unflatten(0, (experts, -1)), f"s_{side}": parts["scale"].unflatten(0, (experts, -1))}
-        parts = {n: tensor(*values[n].shape, dtype=values[n].dtype) for n in ("w_in", "s_in", "w_out", "s_out")}
-        biases = {"b_in": tensor(experts, wide) if bias else None, "b_out": tensor(experts, d) if bias else None}
-        args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=torch.int64), "expert_weights": tensor(T, active, dtype=F32)}
-        args |= {n: (parts | biases)[n] for n in ("w_in", "s_in", "b_in", "w_out", "s_out", "b_out")} | {"act": act, "gated": gated, "format": form}
-        return Case(args, (tensor(T, d),), {"T": rows}, values)
+def quantized_moe_case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
+    generator = torch.Generator().manual_seed(rows)
+    values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
+    wide, layout = 2 * inner if gated else inner, formats.get(form).layout(Target("cuda", "sm_90", ""))
+    for side, n, k in (("in", wide, d), ("out", d, inner)):
+        weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
+        parts = formats.packed(formats.get(form).quantize(weight), form, layout, experts)
+        values |= {f"{part[0]}_{side}": t.unflatten(0, (experts, -1)) for part, t in parts.items()}
+    of = {n: tensor(*v.shape, dtype=v.dtype) for n, v in values.items()} | {"b_in": tensor(experts, wide), "b_out": tensor(experts, d)}
+    given = {f"{part}_{side}": of.get(f"{part}_{side}") if part != "b" or bias else None for side in ("in", "out") for part in "wszb"}
+    args = {"x": tensor(T, d), "expert_ids": tensor(T, active, dtype=torch.int64), "expert_weights": tensor(T, active, dtype=F32)}
+    args |= given | {"act": act, "gated": gated, "format": form, "layout": layout, "activation": "none", "inner": inner}
+    return Case(args, (tensor(T, d),), {"T": rows}, values)
 
+
+def quantized_moe_cases():
+    case = quantized_moe_case
     return {
         "fp8_one": case("fp8_e4m3_channel", 1, 2, 4, 24, 72, "silu", bias=True),
         "fp8_some": case("fp8_e4m3_channel", 40, 3, 5, 24, 72, "gelu", gated=False),
         "block_one": case("fp8_e4m3_block128", 1, 1, 3, 128, 128, "silu"),
         "block_some": case("fp8_e4m3_block128", 17, 2, 2, 128, 256, "silu"),
         "int8_some": case("int8_channel", 50, 2, 3, 24, 72, "silu", bias=True),
-        "int8_groups": case("int8_group64", 3, 2, 6, 24, 136, "relu"),
+        "int8_groups": case("int8_group64", 2, 2, 5, 24, 72, "relu"),
+        "int8_zero": case("int8_group32_zero", 3, 1, 2, 12, 40, "silu", bias=True),
+        "int4_one": case("int4_group128", 1, 2, 4, 8, 132, "swiglu_oai", bias=True),
+        "int4_few": case("int4_group64_zero", 2, 2, 3, 8, 72, "silu"),
+        "int4_some": case("int4_channel", 33, 2, 2, 24, 72, "gelu", gated=False, bias=True),
+        "int4_many": case("int4_group32_zero", 70, 1, 1, 24, 136, "silu"),
     }
 
 
@@ -657,6 +694,8 @@ CASES = {
     "quantized_moe": quantized_moe_cases(),
     "route": route_cases(),
     "quantized_linear": quantized_linear_cases(),
+    "glu_quantized_linear": glu_quantized_linear_cases(),
+    "add_rms_norm_quantized_linear": add_norm_quantized_linear_cases(),
     "glu": {
         act: Case({"gate_up": tensor(T, 2 * n), "act": act}, (tensor(T, n),)) for act, n in zip(ACTIVATIONS, (40, 1100, 7, 64, 33), strict=True)
     },
@@ -760,7 +799,7 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     case = CASES[op][name]
     call = case.call(op, dtype)
     candidates = [c for claim in CLAIMS[op, "triton"] for c in claim(call, case.steps, target)]
-    if op in ("quantized_linear", "quantized_moe") and dtype == F32:
+    if "quantized" in op and dtype == F32:
         assert not candidates
         return
     assert candidates
@@ -802,6 +841,24 @@ def test_every_format_at_every_size(form, rows, machine, let_go):
         candidates = claim(call, case.steps, target)
         assert candidates
         check(distinct(candidates) if device == "cpu" else candidates, case, call, BF16, machine, let_go)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("form", formats.names())
+def test_experts_of_every_format(form, rows, machine, let_go):
+    case = quantized_moe_case(form, rows, 2, 3, 128, 256, "silu")
+    call = case.call("quantized_moe", BF16)
+    candidates = CLAIMS["quantized_moe", "triton"][0](call, case.steps, machine[1])
+    assert candidates
+    check(distinct(candidates) if machine[0] == "cpu" else candidates, case, call, BF16, machine, let_go)
+
+
+def test_experts_whose_rows_are_longer_than_a_block(monkeypatch, machine, let_go):
+    monkeypatch.setattr(ingot.ops.triton.quantized_moe, "GEMV_TILES", ((16, 128, 1),))
+    case = CASES["quantized_moe"]["int4_one"]
+    call = case.call("quantized_moe", BF16)
+    check(CLAIMS["quantized_moe", "triton"][0](call, case.steps, machine[1]), case, call, BF16, machine, let_go)
 
 
 def test_what_experts_make_of_a_row_does_not_depend_on_the_others(interpreter):

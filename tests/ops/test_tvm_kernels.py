@@ -110,6 +110,22 @@ def _experts() -> None:
         case("moe", steps, args | {"act": act, "gated": gated, "transposed": False, "interleaved": interleaved}, rows(dtype, d))
 
 
+def _quantized_experts() -> None:
+    """Groups and tiles that are not full, experts in one tile or several, gate and up in tiles of their own."""
+    for steps, dtype, name, activation, experts, active, d, inner, act, gated, bias in (
+        (ONE, F32, "int8_channel", "int8_token", 3, 2, 21, 13, "silu", True, True),
+        (FEW, BF16, "int4_group32_zero", "int8_group32", 5, 3, 40, 24, "swiglu_oai", True, False),
+        (ONE, F32, "int4_group128", "int8_group128", 4, 2, 40, 150, "gelu", False, True),
+    ):
+        args = {"x": rows(dtype, d), "expert_ids": rows(I64, active), "expert_weights": rows(F32 if bias else dtype, active)}
+        for side, n, k, pieces in (("in", 2 * inner if gated else inner, d, 2 if gated else 1), ("out", d, inner, 1)):
+            parts = formats.packed(formats.get(name).quantize(torch.empty(n, k, dtype=dtype, device="meta")), name, "tile16", pieces)
+            args |= {f"{p[0]}_{side}": weight(parts[p].dtype, experts, *parts[p].shape) if p in parts else None for p in ("weight", "scale", "zero")}
+            args[f"b_{side}"] = weight(dtype, experts, n) if bias else None
+        how = {"act": act, "gated": gated, "format": name, "layout": "tile16", "activation": activation, "inner": inner}
+        case("quantized_moe", steps, args | how, rows(dtype, d))
+
+
 def _routes() -> None:
     for dtype, shape, k, softmax, renormalize, scale, result in (
         (F32, (8,), 2, True, True, 1.0, F32),
@@ -287,7 +303,8 @@ def _recurrences() -> None:
         case("wkv", steps, args | {"wkv_state": Tensor(F32, (SLOTS, 3, c)), **step}, rows(dtype, c))
 
 
-for define in (_linears, _quantized, _experts, _routes, _norms, _gated_norms, _glus, _tables, _rotations, _writes, _attention, _latents, _pools, _recurrences):
+for define in (_linears, _quantized, _experts, _quantized_experts, _routes, _norms, _gated_norms, _glus, _tables, _rotations, _writes, _attention, _latents,
+               _pools, _recurrences):  # fmt: skip
     define()
 # Without bfloat16 instructions, AVX-512 differs from AVX-512 with them in bfloat16 alone.
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
@@ -355,9 +372,10 @@ def _random(name: str, arg: Any, call: Call, sizes: dict[str, int]) -> Any:
     if not isinstance(arg, Tensor):
         return arg
     shape = [evaluate(d, sizes) for d in arg.shape]
-    if call.op == "quantized_linear" and name in ("weight", "scale", "zero"):
-        mean, std = formats.get(call.args["format"]).moments(name, call.args["x"].shape[1])
-        return torch.randint(0, 256, shape, dtype=arg.dtype) if name == "weight" else (torch.randn(shape) * std + mean).to(arg.dtype)
+    part = {p: p for p in ("weight", "scale", "zero")} | {f"{p[0]}_{side}": p for p in ("weight", "scale", "zero") for side in ("in", "out")}
+    if call.op in ("quantized_linear", "quantized_moe") and name in part:
+        mean, std = formats.get(call.args["format"]).moments(part[name], call.args["inner"] if name.endswith("_out") else call.args["x"].shape[1])
+        return torch.randint(0, 256, shape, dtype=arg.dtype) if part[name] == "weight" else (torch.randn(shape) * std + mean).to(arg.dtype)
     if arg.dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=arg.dtype)
     if name.endswith(("_scale", "_static")):
