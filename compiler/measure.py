@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -13,14 +14,14 @@ from ingot.artifacts import gate
 from ingot.artifacts.bound import Loaded
 from ingot.ops.kernel import Call, Candidate, Steps
 
-CONTEXT = 1024
-"""Cached tokens of the longest sequence that attention of a decode step is timed on: on a few it would be timed by its latency. Prompts have none."""
+CONTEXTS = (1024, 192)
+"""Cached tokens of the longest sequence where attention of a decode step is timed: on long ones memory decides, on short ones latency. Prompts have none."""
 MAX_COPIES = 15
 """Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
 
 
 class Stopwatch:
-    """Times candidates of one call on the variant's largest step, on copies of its inputs.
+    """Times candidates of one call on the variant's largest step, on copies of its inputs; what depends on cached tokens at several lengths of them.
 
     There are enough copies that a GPU's cache cannot hold them all: in a step, it holds another layer's. Results lie in arguments where they may,
     as they do in a plan: a residual grows from run to run, which takes no longer.
@@ -28,17 +29,23 @@ class Stopwatch:
 
     def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
         self._call, self._device = call, device
-        inputs, self._sizes = gate.arguments(call, steps, device, steps.max_tokens, seed=1, context=CONTEXT if steps.max_num_new == 1 else 0)
+        contexts = CONTEXTS if steps.max_num_new == 1 and "page_table" in call.args else (0,)
+        self._situations = [self._copied(*gate.arguments(call, steps, device, steps.max_tokens, seed=1, context=c)) for c in contexts]
+
+    def _copied(self, inputs: dict[str, Any], sizes: dict[str, int]) -> tuple[list[dict[str, Any]], dict[str, int]]:
         copies = 0
-        if device.type == "cuda":
+        if self._device.type == "cuda":
             nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
-            copies = min(math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / max(nbytes, 1)), MAX_COPIES)
-        self._inputs = [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))]
+            copies = min(math.ceil(2 * torch.cuda.get_device_properties(self._device).L2_cache_size / max(nbytes, 1)), MAX_COPIES)
+        return [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))], sizes
 
     def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
-        """Of one run. `kernels`: one a launch, None for library calls."""
-        runs = [gate.bind(candidate, self._call, inputs, self._sizes, kernels, inplace=True)[1] for inputs in self._inputs]
-        return cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0])
+        """Of one run, the mean of the situations. `kernels`: one a launch, None for library calls."""
+        times = []
+        for copies, sizes in self._situations:
+            runs = [gate.bind(candidate, self._call, inputs, sizes, kernels, inplace=True)[1] for inputs in copies]
+            times.append(cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0]))
+        return statistics.mean(times)
 
 
 def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:

@@ -140,7 +140,14 @@ GEMV_TILES: tuple[tuple[int, int, int], ...] = (
 )  # fmt: skip
 FEW_ROWS: tuple[Tile, ...] = (Tile(16, 16, 256, 4, 6), Tile(16, 32, 256, 4, 6), Tile(16, 64, 128, 4, 8), Tile(16, 32, 128, 4, 8), Tile(16, 64, 256, 4, 4))
 MORE_ROWS = (Tile(32, 32, 256, 4, 6), Tile(32, 32, 128, 4, 8), Tile(32, 16, 256, 4, 6), Tile(32, 64, 128, 4, 6), Tile(32, 64, 256, 4, 4))
-SOME_ROWS: tuple[Tile, ...] = (Tile(64, 32, 128, 4, 6), Tile(64, 32, 256, 4, 4), Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 8), Tile(64, 64, 256, 4, 3))
+SOME_ROWS: tuple[Tile, ...] = (
+    Tile(64, 32, 128, 4, 6),
+    Tile(64, 32, 256, 4, 4),
+    Tile(64, 64, 128, 4, 4),
+    Tile(64, 64, 64, 4, 8),
+    Tile(64, 64, 256, 4, 3),
+    Tile(64, 16, 128, 4, 6),
+)
 A_BATCH = (Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(128, 128, 64, 8, 4))
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
@@ -177,8 +184,8 @@ def _tiles(call: Call, steps: Steps, target: Target, width: int, depth: int) -> 
     if most_rows > 256:
         return tiles
     programs = [-(-most_rows // t.m) * -(-width // t.n) for t in tiles]
-    apart = [replace(t, split=split_of(p, depth // t.k, 2 * PROGRAMS)) for t, p in zip(tiles[:3], programs, strict=False)]
-    apart = [t for t in apart if t.split > 1]
+    most_splits = [split_of(p, depth // t.k, 2 * PROGRAMS) for t, p in zip(tiles[:4], programs, strict=False)]
+    apart = [replace(t, split=s) for t, most in zip(tiles, most_splits, strict=False) for s in (most, most // 2) if s > 1]
     return apart + tiles if programs[0] <= PROGRAMS // 2 else tiles + apart
 
 
