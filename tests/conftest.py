@@ -6,6 +6,8 @@ import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads of theirs would wait for each other, spinning, where there are more than cores
+    os.environ |= {"OMP_NUM_THREADS": "1", "INGOT_NUM_THREADS": "1"}
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 )
 def test_greedy_tokens_do_not_depend_on_the_schedule(recall, groups, caching, tokens, chunk, together):
     engine = recall.engine(groups, tokens=tokens, chunk=chunk, enable_prefix_caching=caching)
-    prompts = recall.prompts(20)
+    prompts = recall.prompts(12)
     found = recall.tokens(engine, recall.requests(prompts, GREEDY), together)
     assert found == {(f"r{i}", 0): recall.greedy(engine, p, 20) for i, p in enumerate(prompts)}
     stats = engine.stats()
@@ -29,7 +29,7 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(recall, groups, caching, to
         assert stats.prefix_hit_tokens == 0
         assert stats.prefix_caching_off
     assert all(used == 0 for used, _ in stats.pages.values())
-    assert (stats.running, stats.waiting, stats.generated_tokens, stats.prompt_tokens) == (0, 0, 400, sum(map(len, prompts)))
+    assert (stats.running, stats.waiting, stats.generated_tokens, stats.prompt_tokens) == (0, 0, 240, sum(map(len, prompts)))
 
 
 @pytest.mark.parametrize("groups", ["full and window", "pages and slots"])
