@@ -1,12 +1,13 @@
 """Mixtures of experts with quantized weights: the products of `moe.py`, with matrices that are widened in registers.
 
-Codes of 4 bits, and of 8 with zero points, are read as products with one matrix read them: by `quantized_gemv` where pairs are few, else by
-`weight_only_gemm`. Symmetric ones of eight bits are what the products of floats read too, with a scale beside them.
+Codes are read as products with one matrix read them: by `quantized_gemv` where pairs are few, else by `weight_only_gemm`. Symmetric ones of
+eight bits are also what the products of floats read, with a scale beside them, and the only way where several rows share a scale.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -190,10 +191,11 @@ class WidenedProduct:
     def of(cls, call: Call, weights: Weights, side: str, x: Operand, k: int, *, shared: int = 1, scale: str = "", gated: bool = False,
            act: str | None = None) -> WidenedProduct:  # fmt: skip
         experts, width, words = call.args[f"w_{side}"].shape
+        _, _, *groups = call.args[f"s_{side}"].shape
         n = width // 2 if gated else width
         operands = {"x": x} | {p: Operand(arg=f"{a}_{side}") for p, a in (("weight", "w"), ("w_scale", "s"), ("zero", "z"), ("bias", "b"))}
         constants = {"X": experts, "SHARED": shared, "N": n, "K": k, "WIDTH": width, "UP": n if gated else 0, "WORDS": words, "BITS": weights.bits,
-                     "GROUP": weights.group, "SCALES": call.args[f"s_{side}"].shape[2], "MIDDLE": weights.middle, "ACT": act}  # fmt: skip
+                     "GROUP": weights.group, "SCALES": math.prod(groups), "MIDDLE": weights.middle, "ACT": act}  # fmt: skip
         if scale:
             operands["scale"] = Operand(arg=scale)
         else:
@@ -269,11 +271,14 @@ def quantized_moe(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     if any(n % weights.rows for n in (inner, args["w_in"].shape[1], args["w_out"].shape[1])):
         return []
     into = {"shared": active, "gated": args["gated"], "act": args["act"]}
-    if weights.bits == 4 or weights.zero:
+    found = []
+    if weights.rows == 1:
         first = WidenedProduct.of(call, weights, "in", Operand(arg="x"), args["x"].shape[1], **into)
         second = WidenedProduct.of(call, weights, "out", Operand(scratch=0), inner, scale="expert_weights")
-        return candidates(call, steps, target, tokens, active, [first, second])
+        found = candidates(call, steps, target, tokens, active, [first, second])
+    if weights.bits == 4 or weights.zero:
+        return found
     of = {"transposed": False, "quantized": weights}
     one = MatrixProduct.of(call, Operand(arg="x"), "w_in", "b_in", **of, **into, w_scale="s_in")
     two = MatrixProduct.of(call, Operand(scratch=0), "w_out", "b_out", **of, scale="expert_weights", w_scale="s_out")
-    return candidates(call, steps, target, tokens, active, [one, two])
+    return candidates(call, steps, target, tokens, active, [one, two]) + [replace(c, name=f"widened_{c.name}", rank=c.rank + 1) for c in found]

@@ -56,7 +56,7 @@ def _flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _code_flops(device: torch.device, kind: str) -> float:
     """Of a square product of random codes of a kind."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
     if kind == "int8":
         return 2 * n**3 / _best(lambda: torch._int_mm(a, b.t()), device)

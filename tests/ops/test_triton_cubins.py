@@ -195,7 +195,7 @@ def test_every_op_is_compiled():
     assert {c.op for c in LLAMA + LATENT} == {op for op, backend in CLAIMS if backend == "triton"}
 
 
-@pytest.mark.parametrize(("isa", "steps", "most"), [("sm_90", DECODE, 2), ("sm_90", PREFILL, 1)] + [(isa, PREFILL, 1) for isa in GPU_ARCHES if isa != "sm_90"])
+@pytest.mark.parametrize(("isa", "steps", "most"), [("sm_90", DECODE, 1), ("sm_90", PREFILL, 1)] + [(isa, PREFILL, 1) for isa in GPU_ARCHES if isa != "sm_90"])
 def test_a_model_compiles(isa, steps, most):
     """On other architectures than sm_90 a sample: what is largest and what uses the matrix units."""
     target = Target("cuda", isa, "")
