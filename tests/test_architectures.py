@@ -22,9 +22,10 @@ def home(shared_home: Path):
         yield
 
 
-DAILY = ["mixtral", "deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1"]
+DAILY = ["mixtral", "deepseek_v3", "gemma2", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1"]
 NIGHTLY = [
     "bloom",
+    "deepseek_v2",
     "deepseek_v32",
     "falcon",
     "gemma3_text",

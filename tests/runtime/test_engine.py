@@ -34,7 +34,7 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(recall, groups, caching, to
 
 @pytest.mark.parametrize("groups", ["full and window", "pages and slots"])
 def test_seeded_tokens_do_not_depend_on_the_schedule(recall, groups):
-    prompts = recall.prompts(20, seed=3)
+    prompts = recall.prompts(15, seed=3)
     kinds = [
         {"temperature": 0.8, "top_k": 5},
         {"temperature": 1.3, "top_p": 0.7},
@@ -42,10 +42,10 @@ def test_seeded_tokens_do_not_depend_on_the_schedule(recall, groups):
         {"temperature": 1.0, "min_p": 0.1, "top_k": 40, "top_p": 0.9},
         {"temperature": 0},
     ]
-    params = {i: SamplingParams(seed=i * 7, max_tokens=15, n=1 + i % 3, **kinds[i % 5]) for i in range(20)}
+    params = {i: SamplingParams(seed=i * 7, max_tokens=15, n=1 + i % 3, **kinds[i % 5]) for i in range(15)}
     requests = recall.requests(prompts, params)
     alone = recall.tokens(recall.engine(groups), requests, together=False)
-    assert len({tuple(alone[f"r{i}", j]) for i in range(20) for j in range(1 + i % 3)}) > 30  # continuations differ
+    assert len({tuple(alone[f"r{i}", j]) for i in range(15) for j in range(1 + i % 3)}) > 22  # continuations differ
     for options in [{}, {"chunk": 16}, {"tokens": 96, "max_num_seqs": 7}, {"tokens": 96, "enable_prefix_caching": False}]:
         assert recall.tokens(recall.engine(groups, **options), requests) == alone
 
