@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 from itertools import count
+from numbers import Integral
 
 import msgspec
 import numpy as np
@@ -161,7 +162,7 @@ class Engine:
             raise RequestError(f"{where}: the prompt is empty; it needs at least one token")
         prompt = _int32(request.prompt_token_ids)
         if prompt is None or (ids := np.frombuffer(prompt, np.int32)).min() < 0 or ids.max() >= vocab_size:
-            wrong = next((t for t in request.prompt_token_ids if t not in range(vocab_size)), None)
+            wrong = next(t for t in request.prompt_token_ids if not isinstance(t, Integral) or not 0 <= t < vocab_size)
             raise RequestError(f"{where}: prompt token {wrong} is not in the vocabulary of {vocab_size}")
         total = len(prompt) + (params.max_tokens or 1)
         if total > self.info.max_model_len:

@@ -45,10 +45,6 @@ class LogitRules:
     def of(cls, params: SamplingParams, eos_token_ids: Iterable[int], bad_words: Iterable[list[int]], vocab_size: int) -> LogitRules | None:
         """The rules in `params`, None if there are none; `bad_words` as token ids. RequestError for ids beyond the vocabulary, or when no token is left."""
         words = [tuple(w) for w in bad_words]
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        unasked = not (words or params.logit_bias or params.min_tokens or params.stop_token_ids) and params.allowed_token_ids is None and penalties == (1, 0, 0)
-        if unasked:  # as a rule
-            return None
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else set()
         for name, ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids or ()), ("stop_token_ids", params.stop_token_ids)):
             wrong = next((t for t in ids if t >= vocab_size), None)
@@ -58,17 +54,19 @@ class LogitRules:
         forbidden = {t for t, value in biases if value == -np.inf} | stops
         if params.allowed_token_ids is not None and not set(params.allowed_token_ids) - forbidden:
             raise RequestError("allowed_token_ids: bad_words and min_tokens forbid every one of them; allow another token", "allowed_token_ids")
-        rules = cls(
+        phrases = tuple(w for w in words if len(w) > 1)
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if not (biases or stops or phrases) and params.allowed_token_ids is None and penalties == (1, 0, 0):  # as a rule
+            return None
+        return cls(
             biased=np.array([t for t, _ in biases], np.int32),
             bias=np.array([value for _, value in biases], np.float32),
             min_tokens=params.min_tokens,
             stops=np.array(sorted(stops), np.int32),
-            bad_words=tuple(w for w in words if len(w) > 1),
+            bad_words=phrases,
             allowed=None if params.allowed_token_ids is None else np.unique(np.array(params.allowed_token_ids, np.int32)),
             penalties=None if penalties == (1, 0, 0) else penalties,
         )
-        nothing = not biases and not stops and not rules.bad_words and rules.allowed is None and rules.penalties is None
-        return None if nothing else rules
 
 
 class LogitEdits:
