@@ -239,12 +239,59 @@ def sum_pairs_kernel(pairs, out, N: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.c
 
 
 @dataclass(frozen=True)
-class MatrixProduct:
+class ExpertsProduct:
     """Rows times the matrices of their experts. `constants` says how a matrix and its columns lie, and what is done to the result."""
 
     call: Call
-    operands: dict[str, Operand]  # x, weight, w_scale, bias, scale
+    operands: dict[str, Operand]  # x, weight, w_scale, zero, bias, scale
     constants: dict[str, Any]
+
+    @property
+    def n(self) -> int:
+        """Columns of the result."""
+        n: int = self.constants["N"]
+        return n
+
+    @property
+    def k(self) -> int:
+        k: int = self.constants["K"]
+        return k
+
+    @property
+    def pieces(self) -> int:
+        """Matrices that a program reads side by side."""
+        return 2 if self.constants["UP"] else 1
+
+    def of_pairs(self, functions: list[Any], rows: Dim, summed: int, block: tuple[int, int, int], out: Operand, scratch: tuple[Tensor, ...],
+                 operands: dict[str, Operand], constants: dict[str, Any]) -> Launch:  # fmt: skip
+        """A launch of the first of `functions` for `rows` rows of the result, each of `summed` pairs; with `operands` and `constants` of its own."""
+        n, k, warps = block
+        operands = self.operands | operands | {"ids": Operand(arg="expert_ids"), "out": out}
+        constants = self.constants | constants | {"SUM": summed, "BLOCK_N": n, "BLOCK_K": k}
+        grid = ((rows, 1), (self.n, n))
+        return launch(self.call, functions, in_order(functions[0], operands), constants, grid, scratch=scratch, num_warps=warps)
+
+    def of_tiles(self, functions: list[Any], tile: Any, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...],
+                 operands: dict[str, Operand], constants: dict[str, Any]) -> Launch:  # fmt: skip
+        """The same for tiles of sorted pairs. `order`: of the scratch tensors, the first of the two that the sort makes."""
+        operands = (
+            self.operands
+            | operands
+            | {
+                "order": Operand(scratch=order),
+                "experts": Operand(scratch=order + 1),
+                "num_pairs": Operand(size=pairs),
+                "depth": Operand(const=self.k),
+                "out": out,
+            }
+        )
+        constants = self.constants | constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8}
+        grid = ((slots, tile.m), (self.n, tile.n))
+        return launch(self.call, functions, in_order(functions[0], operands), constants, grid, scratch=scratch, num_warps=tile.warps, num_stages=tile.stages)
+
+
+class MatrixProduct(ExpertsProduct):
+    """With matrices of floats, or of eight bits with a scale beside them."""
 
     @classmethod
     def of(cls, call: Call, x: Operand, weight: str, bias: str, transposed: bool, *, shared: int = 1, scale: str = "", gated: bool = False,
@@ -262,22 +309,6 @@ class MatrixProduct:
         constants |= {p: None for p, a in (("w_scale", w_scale), ("scale", scale)) if not a}
         return cls(call, operands, constants)
 
-    @property
-    def n(self) -> int:
-        """Columns of the result."""
-        n: int = self.constants["N"]
-        return n
-
-    @property
-    def k(self) -> int:
-        k: int = self.constants["K"]
-        return k
-
-    @property
-    def weights(self) -> int:
-        """Matrices that a program reads side by side."""
-        return 2 if self.constants["UP"] else 1
-
     def blocks(self, pairs: int) -> list[tuple[int, int, int]]:
         """Blocks of the weight for a GEMV program that reads those of `pairs` pairs, best first."""
         found = []
@@ -286,7 +317,7 @@ class MatrixProduct:
                 k, warps = k // 2, warps // 2
             k = min(k, power_of_two(self.k))
             if pairs * -(-self.k // k) <= UNROLLED:
-                found.append((min(n // self.weights, power_of_two(self.n)), k, warps))
+                found.append((min(n // self.pieces, power_of_two(self.n)), k, warps))
         return list(dict.fromkeys(found))
 
     def tiles(self, height: float, steps: Steps) -> tuple[Tile, ...]:
@@ -302,31 +333,15 @@ class MatrixProduct:
     def fitted(self, tile: Tile, target: Target) -> list[Tile]:
         """The tile as the product's size, and the groups of its weight, let it be; none if it does not fit."""
         tile = replace(tile, k=min(tile.k, self.constants["GROUP"] or tile.k))
-        return fitted([tile], self.call.args["x"].dtype, self.weights, self.n, self.k, target)
+        return fitted([tile], self.call.args["x"].dtype, self.pieces, self.n, self.k, target)
 
     def gemv(self, rows: Dim, summed: int, block: tuple[int, int, int], out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
-        n, k, warps = block
-        operands = self.operands | {"ids": Operand(arg="expert_ids"), "out": out}
-        constants = self.constants | {"SUM": summed, "BLOCK_N": n, "BLOCK_K": k}
-        grid = ((rows, 1), (self.n, n))
-        return launch(
-            self.call, [grouped_gemv_kernel, gated, activate, tanh], in_order(grouped_gemv_kernel, operands), constants, grid, scratch=scratch, num_warps=warps
-        )
+        return self.of_pairs([grouped_gemv_kernel, gated, activate, tanh], rows, summed, block, out, scratch, {}, {})
 
     def gemm(self, tile: Tile, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
-        """`order`: of the scratch tensors, the first of the two that the sort makes."""
-        precision = "ieee" if self.call.args["x"].dtype == torch.float32 else None
-        sorted_pairs = {
-            "order": Operand(scratch=order),
-            "experts": Operand(scratch=order + 1),
-            "num_pairs": Operand(size=pairs),
-            "depth": Operand(const=self.k),
-        }
-        constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8, "PRECISION": precision}
-        operands = in_order(grouped_gemm_kernel, self.operands | sorted_pairs | {"out": out})
-        grid = ((slots, tile.m), (self.n, tile.n))
+        precision = {"PRECISION": "ieee" if self.call.args["x"].dtype == torch.float32 else None}
         functions = [grouped_gemm_kernel, tile_at, multiply, gated, activate, tanh]
-        return launch(self.call, functions, operands, constants, grid, scratch=scratch, num_warps=tile.warps, num_stages=tile.stages)
+        return self.of_tiles(functions, tile, pairs, slots, order, out, scratch, {}, precision)
 
 
 def in_order(kernel: Any, operands: dict[str, Operand]) -> dict[str, Operand]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,14 +17,14 @@ from ..kernel import Call, Candidate, Launch, Operand, Steps, Tensor, claims
 from ..target import Target
 from .activations import activate, tanh
 from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes, widen_nibbles
-from .moe import MatrixProduct, candidates, gated, in_order
+from .moe import ExpertsProduct, MatrixProduct, candidates, gated
 from .product_tile import tile_at
 from .quantize import row_scale
 from .quantized_gemm import Tile, fitting
 from .quantized_gemv import SIXTEEN, as_codes, codes_of, columns_of, nibble, product_of, product_of_bytes, product_of_words, rounded_row
 from .quantized_gemv import TILES as GEMV_TILES
 from .quantized_product import CHUNK, Weights
-from .source import FLOATS, launch, power_of_two, supported
+from .source import FLOATS, power_of_two, supported
 from .weight_only_gemm import TILES, widen_tile
 
 AT_ONCE = 16
@@ -179,13 +178,10 @@ def experts_gemm_kernel(x, order, experts, weight, w_scale, zero, magic, bias, s
 
 
 @dataclass(frozen=True)
-class WidenedProduct:
-    """Rows times the matrices of their experts, as `moe.MatrixProduct` says it, of any format."""
+class WidenedProduct(ExpertsProduct):
+    """With matrices of any format."""
 
-    call: Call
     weights: Weights
-    operands: dict[str, Operand]  # x, weight, w_scale, zero, bias, scale
-    constants: dict[str, Any]
 
     @classmethod
     def of(cls, call: Call, weights: Weights, side: str, x: Operand, k: int, *, shared: int = 1, scale: str = "", gated: bool = False,
@@ -200,23 +196,7 @@ class WidenedProduct:
             operands["scale"] = Operand(arg=scale)
         else:
             constants["scale"] = None
-        return cls(call, weights, operands, constants)
-
-    @property
-    def n(self) -> int:
-        """Columns of the result."""
-        n: int = self.constants["N"]
-        return n
-
-    @property
-    def k(self) -> int:
-        k: int = self.constants["K"]
-        return k
-
-    @property
-    def pieces(self) -> int:
-        """Matrices that a program reads side by side."""
-        return 2 if self.constants["UP"] else 1
+        return cls(call, operands, constants, weights)
 
     def tiles(self, height: float, steps: Steps) -> tuple[Tile, ...]:
         few, some, many = (TILES.of(rows, self.pieces == 2, False) for rows in (1, 64, 65))
@@ -239,26 +219,15 @@ class WidenedProduct:
         return fitting([tile], self.weights, self.pieces, self.n, self.k, self.call.args["x"].dtype, target)
 
     def gemv(self, rows: Dim, summed: int, block: tuple[int, int, int], out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
-        n, k, warps = block
-        operands = self.operands | {"ids": Operand(arg="expert_ids"), "out": out}
-        constants = self.constants | {"SUM": summed, "BLOCK_N": n, "BLOCK_K": k}
-        if self.weights.bits == 4:
-            operands["sixteen"] = Operand(const=SIXTEEN)
-        else:
-            constants["sixteen"] = None
+        sixteen = {"sixteen": Operand(const=SIXTEEN)} if self.weights.bits == 4 else {}
         functions = [experts_gemv_kernel, row_product, product_of, product_of_words, product_of_bytes, codes_of, columns_of, rounded_row, as_codes, nibble,
                      row_scale, gated, activate, tanh]  # fmt: skip
-        grid = ((rows, 1), (self.n, n))
-        return launch(self.call, functions, in_order(experts_gemv_kernel, operands), constants, grid, scratch=scratch, num_warps=warps)
+        return self.of_pairs(functions, rows, summed, block, out, scratch, sixteen, {} if sixteen else {"sixteen": None})
 
     def gemm(self, tile: Tile, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
-        operands = self.operands | {"order": Operand(scratch=order), "experts": Operand(scratch=order + 1), "num_pairs": Operand(size=pairs),
-                                    "depth": Operand(const=self.k), "magic": Operand(const=MAGIC[self.call.args["x"].dtype]), "out": out}  # fmt: skip
-        constants = self.constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8, "THREADS": 32 * tile.warps}
+        magic = {"magic": Operand(const=MAGIC[self.call.args["x"].dtype])}
         functions = [experts_gemm_kernel, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of, tile_at, gated, activate, tanh]
-        grid = ((slots, tile.m), (self.n, tile.n))
-        return launch(self.call, functions, in_order(experts_gemm_kernel, operands), constants, grid, scratch=scratch, num_warps=tile.warps,
-                      num_stages=tile.stages)  # fmt: skip
+        return self.of_tiles(functions, tile, pairs, slots, order, out, scratch, magic, {"THREADS": 32 * tile.warps})
 
 
 @claims("quantized_moe", "triton")
