@@ -17,8 +17,9 @@ import numpy as np
 
 from .kv_cache import GroupInfo, KVCache
 from .logit_rules import LogitEdits
-from .records import GREEDY, SAMPLING
+from .records import GREEDY, SAMPLING, STEP, WORDS
 from .request import Sequence
+from .rows import Rows
 from .scheduler import Step
 
 _ALIGN = 16  # int32s: 64 bytes
@@ -112,6 +113,8 @@ class StepBatch:
         length = layout.length(self.padded)
         self.buffer = np.empty(length, np.int32) if buffer is None else buffer[:length]
         self.arrays = {name: self.buffer[f.offset : f.offset + math.prod(f.shape)].view(f.dtype).reshape(f.shape) for name, f in self.fields.items()}
+        begin, end = (self.fields[name].offset for name in ("temperature", "seed"))
+        self._words = self.buffer[begin:end].reshape(STEP + 1, -1)  # of records, but the seed: one line a field
         self.reset(size)
 
     def reset(self, size: StepSize) -> None:
@@ -133,6 +136,11 @@ class StepBatch:
         for name, field in self.fields.items():
             if field.padding is not None:
                 self.arrays[name][size[field.axis] :] = field.padding
+
+    def sample(self, records: np.ndarray) -> None:
+        """`SAMPLING` records of the R rows, as int32 [R, WORDS]."""
+        self._words[:, : len(records)] = records[:, : STEP + 1].T
+        self.arrays["seed"][: len(records)] = records[:, STEP + 1 :]
 
     @property
     def plain(self) -> bool:
@@ -170,11 +178,11 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
     """Write `step` into `batch`. Rows of logits: one for each sequence that samples, then everybody's `prompt_rows`."""
     arrays, (T, S, *_) = batch.arrays, batch.size
     rows, lengths = step.rows, step.lengths
-    ends = np.cumsum(step.num_new, dtype=np.int32)
     if T == S:
-        row_of, positions = rows, step.num_computed  # of each token
+        row_of, positions, ends = rows, step.num_computed, np.arange(1, S + 1)  # of each token
     else:
-        row_of, positions = np.repeat(rows, step.num_new), np.arange(T, dtype=np.int32)
+        ends = np.cumsum(step.num_new)
+        row_of, positions = np.repeat(rows, step.num_new), np.arange(T)
         positions += np.repeat(lengths - ends, step.num_new)
     arrays["positions"][:T] = positions
     arrays["cu_seqlens_q"][1 : S + 1] = ends
@@ -184,8 +192,8 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
     for group, size, _ in batch.layout.page_groups:
         table, place = cache.page_tables[group], arrays[f"page_table_{group}"]
         page = positions // size
-        arrays[f"slot_mapping_{group}"][:T] = (table[row_of, page] - page) * size + positions
-        place[:S] = table[rows, : place.shape[1]]
+        arrays[f"slot_mapping_{group}"][:T] = (table.take(row_of * table.shape[1] + page) - page) * size + positions
+        place[:S] = table[:, : place.shape[1]].take(rows, 0)
     if cache.copies:
         batch.copies = np.array(cache.copies, np.int32)
     _pack_tokens(step, batch, ends)
@@ -208,21 +216,19 @@ def _pack_tokens(step: Step, batch: StepBatch, ends: np.ndarray) -> None:
 
 def _pack_rows(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray) -> None:
     """Which tokens need logits, and what is done with them."""
-    R, sampled = batch.size.num_rows, step.rows[step.samples]
-    tokens = ends[step.samples] - 1
-    records = cache.rows.sampling[sampled]  # a copy
-    records["step"] = (cache.rows.num_tokens - cache.rows.num_prompt)[sampled]
-    if cache.rows.ruled[sampled].any():
+    R, tokens = batch.size.num_rows, step.sampled(ends) - 1
+    records = cache.rows.sampling_words.take(step.sampled(step.rows), 0)
+    records[:, STEP] = step.sampled(step.num_tokens - step.num_prompt)
+    if step.any_flag(Rows.RULED):
         sequences = [step.sequences[i] for i in np.flatnonzero(step.samples).tolist()]
-        batch.edits = LogitEdits.pack(zip(range(len(sequences)), sequences, records["step"].tolist(), strict=True))
+        batch.edits = LogitEdits.pack(zip(range(len(sequences)), sequences, records[:, STEP].tolist(), strict=True))
     if step.prompt_rows:
         shifts = dict(zip(step.sequences, (ends - step.num_new - step.num_computed).tolist(), strict=True))
         prompt = [(_prompt_records(seq, positions), np.arange(positions.start, positions.stop) + shifts[seq]) for seq, positions in step.prompt_rows]
-        records = np.concatenate([records, *(r for r, _ in prompt)])
+        records = np.concatenate([records, *(r.view(np.int32).reshape(-1, WORDS) for r, _ in prompt)])
         tokens = np.concatenate([tokens, *(t for _, t in prompt)])
     batch.arrays["logits_rows"][:R] = tokens
-    for name in SAMPLING.names or ():
-        batch.arrays[name][:R] = records[name]
+    batch.sample(records)
 
 
 def _prompt_records(seq: Sequence, positions: range) -> np.ndarray:

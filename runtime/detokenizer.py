@@ -30,10 +30,12 @@ class Detokenizer:
         if text is None:
             text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
             self._is_whole = not self._utf8.getstate()[0]
+        if not self._stop:
+            return text
         if self._unstoppable > 0:
             self._unstoppable -= 1
             return text
-        return self._decide(text) if self._stop else text
+        return self._decide(text)
 
     def finish(self) -> str:
         """What was held back, when no token will follow."""

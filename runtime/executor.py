@@ -90,6 +90,7 @@ class Executor:
         self._fixed: dict[str, torch.Tensor] = {}
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
         self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
+        self._variant_of: OrderedDict[tuple[int, int, int], Variant] = OrderedDict()
         self._capture(progress)
 
     def batch(self, size: StepSize) -> StepBatch:
@@ -140,6 +141,14 @@ class Executor:
                 content.index_copy_(0, target, content[source])
 
     def _variant(self, size: StepSize) -> Variant:
+        tokens, seqs, rows, _ = size
+        if (tokens, seqs, rows) not in self._variant_of:
+            self._variant_of[tokens, seqs, rows] = self._find(size)
+            if len(self._variant_of) > BOUND_PLANS:
+                self._variant_of.popitem(last=False)
+        return self._variant_of[tokens, seqs, rows]
+
+    def _find(self, size: StepSize) -> Variant:
         decode = size.num_tokens == size.num_seqs
         for v in self._variants:
             if v.decodes and not decode:

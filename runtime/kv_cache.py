@@ -274,7 +274,7 @@ class KVCache:
         self.copies.clear()  # they are made before the step
         if not self.prefix_caching_off:
             named, known = self.rows.num_named[rows], np.minimum(computed, known)
-            for i in np.flatnonzero(named // self._boundary != known // self._boundary).tolist():
+            for i in (named // self._boundary != known // self._boundary).nonzero()[0].tolist():
                 self._name(sequences[i], int(known[i]))
         for name, group in self.groups.items():
             if group.window:

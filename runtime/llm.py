@@ -50,13 +50,16 @@ class RequestOutput:
     def add(self, delta: Delta, seconds: float) -> None:
         """Take in what a step added, `seconds` after the request was queued."""
         output = self.outputs[delta.index]
-        if delta.token_ids and not self.timing.first_token:
-            self.timing.first_token = seconds
-            self.cached_tokens = delta.usage.cached_tokens if delta.usage is not None else 0
         output.token_ids += delta.token_ids
         output.text += delta.text
         if delta.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + delta.logprobs
+            output.logprobs = output.logprobs or []
+            output.logprobs += delta.logprobs
+        if delta.usage is None:  # neither the first nor the last
+            return
+        if delta.token_ids and not self.timing.first_token:
+            self.timing.first_token = seconds
+            self.cached_tokens = delta.usage.cached_tokens
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.finish_reason is not None:
@@ -100,10 +103,12 @@ class LLM:
             for request in queue:
                 self.engine.add(request)
             while unfinished:
-                for delta in self.engine.step():
+                deltas = self.engine.step()
+                seconds = time.perf_counter() - begin
+                for delta in deltas:
                     if delta.request_id not in unfinished:
                         continue  # aborted by an earlier call
-                    outputs[delta.request_id].add(delta, time.perf_counter() - begin)
+                    outputs[delta.request_id].add(delta, seconds)
                     if delta.finish_reason is None:
                         continue
                     unfinished[delta.request_id] -= 1

@@ -8,12 +8,14 @@ import numpy as np
 
 from .request import SamplingParams
 
-SAMPLING = np.dtype([("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"), ("seed", "i4", 2), ("num_logprobs", "i4"),
-                     ("target", "i4"), ("step", "i4")])  # fmt: skip
-"""What is known of each row of logits. temperature 0: greedy; top_k 0: off; `seed` low and high half of 64 bits; num_logprobs −1:
-none, 0: of the chosen token; target: the token whose log-probability a prompt row wants, or −1; step: tokens generated before."""
-GREEDY = np.array([(0, 0, 1, 0, (0, 0), -1, -1, 0)], SAMPLING)
-_RECORD = struct.Struct("<fiffQiii")
+SAMPLING = np.dtype([("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"), ("num_logprobs", "i4"), ("target", "i4"),
+                     ("step", "i4"), ("seed", "i4", 2)])  # fmt: skip
+"""What is known of each row of logits. temperature 0: greedy; top_k 0: off; num_logprobs −1: none, 0: of the chosen token; target: the token
+whose log-probability a prompt row wants, or −1; step: tokens generated before; `seed` low and high half of 64 bits."""
+WORDS, STEP = SAMPLING.itemsize // 4, 6
+"""Of a record as int32s: how many there are, and which of them is the step. All fields but the last have one."""
+GREEDY = np.array([(0, 0, 1, 0, -1, -1, 0, (0, 0))], SAMPLING)
+_RECORD = struct.Struct("<fiffiiiQ")
 
 
 def sampling_record(params: SamplingParams, seed: int) -> bytes:
@@ -21,4 +23,4 @@ def sampling_record(params: SamplingParams, seed: int) -> bytes:
     temperature = 0.0 if params.greedy else params.temperature
     least = 0 if params.ranked else -1
     num_logprobs = least if params.logprobs is None else params.logprobs
-    return _RECORD.pack(temperature, max(params.top_k, 0), params.top_p, params.min_p, seed, num_logprobs, -1, 0)
+    return _RECORD.pack(temperature, max(params.top_k, 0), params.top_p, params.min_p, num_logprobs, -1, 0, seed)

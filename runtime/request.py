@@ -222,13 +222,16 @@ class Sequence:
     counted: bool = False  # since it has its row: the device counts its tokens, for penalties
     page_hashes: dict[int, list[bytes]] = field(default_factory=dict)  # by page size
     num_prompt: int = field(init=False)
+    last: int = field(init=False)  # tokens that it has when one more is its last
     prompt_logprobs: list[TokenLogprob | None] = field(init=False)  # so far; continuation 0 computes them for all
     wants_prompt_logprobs: bool = field(init=False)  # some are still to be computed
-    plain: bool = field(init=False)  # of what a step samples for it only the token counts
+    plain: bool = field(init=False)  # of what a step samples for it only the token counts, and no text ends it
 
     def __post_init__(self) -> None:
-        self.plain = self.beams is None and self.request.params.logprobs is None and not self.request.params.ranked
+        params = self.request.params
+        self.plain = self.beams is None and params.logprobs is None and not params.ranked and not params.stop
         self.num_prompt = len(self.request.prompt_token_ids)
+        self.last = self.num_prompt + self.max_tokens - 1
         scores = self.index == 0 and self.request.params.prompt_logprobs is not None
         self.prompt_logprobs = [None] if scores else []
         self.wants_prompt_logprobs = scores and self.num_prompt > 1

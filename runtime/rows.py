@@ -8,41 +8,39 @@ from __future__ import annotations
 
 import numpy as np
 
-from .records import SAMPLING
+from .records import SAMPLING, WORDS
 from .request import Sequence
 
 
 class Rows:
-    """One array a fact, int32, by row; of a row that nobody has, garbage."""
+    """One line of `facts` a fact, by row; of a row that nobody has, garbage. A step asks for all at once: `facts.take(rows, 1)`."""
+
+    NUM_TOKENS, NUM_COMPUTED, END, ROOM, NUM_PROMPT, SAMPLED_IN, SAMPLED_ROW, FLAGS, LAUNCHED_IN = range(9)
+    SCORES, CHOSEN, RULED = 1, 2, 4
 
     def __init__(self, num_rows: int) -> None:
-        self.counts = np.zeros((4, num_rows), np.int32)  # four facts that every step asks for at once:
-        self.num_tokens = self.counts[0]  # prompt and output, with the pending token
-        self.num_computed = self.counts[1]  # of these, those whose KV the launched steps compute
-        self.end = self.counts[2]  # tokens that are ever computed: the last of `max_tokens` is never fed back
-        self.room = self.counts[3]  # tokens for which every page group has pages
-        self.num_prompt = np.zeros(num_rows, np.int32)
-        self.num_named = np.zeros(num_rows, np.int32)  # of the computed tokens, those whose full pages were given names
-        self.launched_in = np.zeros(num_rows, np.int64)  # the last step with this row
-        self.sampled_in = np.zeros(num_rows, np.int64)  # the last step that sampled for it,
-        self.sampled_row = np.zeros(num_rows, np.int32)  # and there the row of logits
-        self.scores = np.zeros(num_rows, bool)  # whether prompt tokens may want log-probabilities
+        self.facts = np.zeros((9, num_rows), np.int64)
+        self.num_tokens = self.facts[self.NUM_TOKENS]  # prompt and output, with the pending token
+        self.num_computed = self.facts[self.NUM_COMPUTED]  # of these, those whose KV the launched steps compute
+        self.end = self.facts[self.END]  # tokens that are ever computed: the last of `max_tokens` is never fed back
+        self.room = self.facts[self.ROOM]  # tokens for which every page group has pages
+        self.num_prompt = self.facts[self.NUM_PROMPT]
+        self.sampled_in = self.facts[self.SAMPLED_IN]  # the last step that sampled for it,
+        self.sampled_row = self.facts[self.SAMPLED_ROW]  # and there the row of logits
+        # few have one: its prompt tokens may want log-probabilities; by the host is its next token chosen, when that step was collected;
+        # its logits are changed before they are sampled
+        self.flags = self.facts[self.FLAGS]
+        self.launched_in = self.facts[self.LAUNCHED_IN]  # the last step with this row
+        self.num_named = np.zeros(num_rows, np.int64)  # of the computed tokens, those whose full pages were given names
         self.sampling = np.zeros(num_rows, SAMPLING)
-        self.chosen = np.zeros(num_rows, bool)  # by the host is its next token, when that step was collected
-        self.ruled = np.zeros(num_rows, bool)  # its logits are changed before they are sampled
+        self.sampling_words = self.sampling.view(np.int32).reshape(num_rows, WORDS)
 
     def place(self, seq: Sequence, row: int, num_computed: int) -> None:
         """Give `row` to `seq`, of whose tokens, all known, the first `num_computed` have their KV."""
-        self.num_prompt[row] = seq.num_prompt
-        self.num_tokens[row] = len(seq.token_ids)
-        self.num_computed[row] = self.num_named[row] = num_computed
-        self.end[row] = seq.num_prompt + seq.max_tokens - 1
-        self.room[row] = num_computed
-        self.scores[row] = seq.wants_prompt_logprobs
-        self.launched_in[row] = self.sampled_in[row] = -1
+        flags = self.SCORES * seq.wants_prompt_logprobs + self.CHOSEN * (seq.beams is not None) + self.RULED * (seq.rules is not None)
+        self.facts[:, row] = len(seq.token_ids), num_computed, seq.num_prompt + seq.max_tokens - 1, num_computed, seq.num_prompt, -1, 0, flags, -1
+        self.num_named[row] = num_computed
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
-        self.chosen[row] = seq.beams is not None
-        self.ruled[row] = seq.rules is not None
         seq.counted = False
 
     def uncomputed(self, rows: np.ndarray) -> np.ndarray:

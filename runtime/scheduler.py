@@ -34,6 +34,8 @@ class Step:
     num_tokens: np.ndarray  # that they have, with a pending one
     num_computed: np.ndarray
     num_new: np.ndarray
+    num_prompt: np.ndarray
+    flags: np.ndarray  # of `Rows`
     pending: np.ndarray  # the row of the last step's samples with the sequence's newest token; −1 when it is known
     samples: np.ndarray  # whether the tokens end with this step, which yields the next one
     prompt_rows: list[tuple[Sequence, range]]  # positions whose logits score the prompt
@@ -44,9 +46,21 @@ class Step:
         return self.num_computed + self.num_new
 
     @cached_property
+    def num_sampled(self) -> int:
+        """Sequences that sample."""
+        return int(np.count_nonzero(self.samples))
+
+    @cached_property
     def num_rows(self) -> int:
         """Rows of logits: one for each sequence that samples, then everybody's prompt rows."""
-        return int(self.samples.sum()) + sum(len(positions) for _, positions in self.prompt_rows)
+        return self.num_sampled + sum(len(positions) for _, positions in self.prompt_rows)
+
+    def sampled(self, values: np.ndarray) -> np.ndarray:
+        """Of `values` [S], those of the sequences that sample."""
+        return values if self.num_sampled == len(values) else values[self.samples]
+
+    def any_flag(self, flag: int) -> bool:
+        return bool(np.count_nonzero(self.flags & flag))
 
 
 @dataclass
@@ -98,6 +112,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_rows = max_num_rows or max_num_batched_tokens
         self.running: list[Sequence] = []  # in order
+        self._running_rows: np.ndarray | None = None  # theirs; None when they have changed
         self.num_preemptions = 0
         self.num_launched = self.num_collected = 0  # steps
         self._waiting: list[tuple[tuple[float, ...], Sequence]] = []  # a heap
@@ -125,11 +140,20 @@ class Scheduler:
         seq.status = Status.WAITING
         heapq.heappush(self._waiting, (seq.order, seq))
 
+    def _run(self, seq: Sequence) -> None:
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=lambda s: s.order)
+        self._running_rows = None
+
+    def _rows_of_running(self) -> np.ndarray:
+        if self._running_rows is None:
+            self._running_rows = np.fromiter(map(_ROW, self.running), np.intp, len(self.running))
+        return self._running_rows
+
     def fork(self, seq: Sequence, child: Sequence) -> None:
         """Begin `child`, whose tokens are those that `seq` has computed and one more: with their KV, or if there is no room waiting to compute them."""
         if seq.status is Status.RUNNING and len(self.running) < self.max_num_seqs and self.cache.fork(seq, child):
-            child.status = Status.RUNNING
-            insort(self.running, child, key=lambda s: s.order)
+            self._run(child)
         else:
             self._wait(child)
 
@@ -153,26 +177,43 @@ class Scheduler:
         """The next step where nobody waits and nobody has a prompt to compute, as a rule; None where it takes more to find it."""
         if self._waiting or not 0 < len(self.running) <= min(self.max_num_batched_tokens, self.max_num_rows):
             return None
-        sequences, rows = list(self.running), np.fromiter(map(_ROW, self.running), np.int32, len(self.running))
-        num_tokens, num_computed, end, room = counts = self.rows.counts[:, rows]
+        sequences, rows = list(self.running), self._rows_of_running()
+        facts = self.rows.facts.take(rows, 1)
+        num_tokens, num_computed, end, room, *_ = facts
         uncomputed = np.minimum(num_tokens, end) - num_computed
         decodes = uncomputed == 1
-        if not decodes.all():
+        if np.count_nonzero(decodes) < len(rows):
             found = np.flatnonzero(decodes)
             if not found.size or (uncomputed > 1).any():
                 return None
-            sequences, rows = [sequences[i] for i in found.tolist()], rows[found]
-            num_tokens, num_computed, end, room = counts[:, found]
-        for i in np.flatnonzero(room <= num_computed).tolist():
+            sequences, rows, facts = [sequences[i] for i in found.tolist()], rows[found], facts[:, found]
+            _, num_computed, _, room, *_ = facts
+        for i in (room <= num_computed).nonzero()[0].tolist():
             if not self.cache.grow(sequences[i], int(num_computed[i]) + 1):
                 return None
-        return self._step(sequences, rows, num_tokens, num_computed, np.ones(len(rows), np.int32))
+        return self._step(sequences, rows, facts, np.ones(len(rows), np.int64))
 
     def _fill(self) -> Step | None:
         """The next step, its budget given to one after the other."""
         budget = _Budget(self.rows, self.max_num_batched_tokens, self.max_num_rows)
         preemptions = self.num_preemptions
-        rows = np.fromiter(map(_ROW, self.running), np.int32, len(self.running))
+        if self.running:
+            self._continue(budget)
+        # What was just taken from a running sequence must not go to a new one.
+        if self.num_preemptions == preemptions:
+            self._admit(budget)
+        if self.num_launched == self.num_collected:
+            # Running beams wait for others of theirs that wait for room: those that come last make it.
+            while self._waiting and self.running and not budget.items:
+                self._preempt(budget)
+                self._admit(budget)
+        if not budget.items:
+            return None
+        return self._step_of(budget.items)
+
+    def _continue(self, budget: _Budget) -> None:
+        """Those that run: who decodes first, then prompts."""
+        rows = self._rows_of_running()
         uncomputed = self.rows.uncomputed(rows)
         decoding = np.flatnonzero(uncomputed == 1)[: min(budget.tokens, budget.rows)]
         prefilling = [self.running[i] for i in np.flatnonzero(uncomputed > 1).tolist()]
@@ -186,32 +227,23 @@ class Scheduler:
             num_new = budget.chunk(seq) if seq.status is Status.RUNNING else 0
             if num_new > 0 and self._make_room(seq, num_new, budget):
                 budget.add(seq, num_new)
-        # What was just taken from a running sequence must not go to a new one.
-        if self.num_preemptions == preemptions:
-            self._admit(budget)
-        if self.num_launched == self.num_collected:
-            # Running beams wait for others of theirs that wait for room: those that come last make it.
-            while self._waiting and self.running and not budget.items:
-                self._preempt(budget)
-                self._admit(budget)
-        if not budget.items:
-            return None
-        return self._step_of(budget.items)
 
     def _step_of(self, items: dict[Sequence, int]) -> Step:
         """In which each sequence has so many tokens."""
         sequences = list(items)
-        rows = np.fromiter(map(_ROW, sequences), np.int32, len(sequences))
-        num_new = np.fromiter(items.values(), np.int32, len(sequences))
-        return self._step(sequences, rows, self.rows.num_tokens[rows], self.rows.num_computed[rows], num_new)
+        rows = np.fromiter(map(_ROW, sequences), np.intp, len(sequences))
+        return self._step(sequences, rows, self.rows.facts.take(rows, 1), np.fromiter(items.values(), np.int64, len(sequences)))
 
-    def _step(self, sequences: list[Sequence], rows: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray, num_new: np.ndarray) -> Step:
-        state = self.rows
-        pending = np.where(state.sampled_in[rows] >= self.num_collected, state.sampled_row[rows], -1)
+    def _step(self, sequences: list[Sequence], rows: np.ndarray, facts: np.ndarray, num_new: np.ndarray) -> Step:
+        """`facts` of `rows`, as `Rows` has them."""
+        num_tokens, num_computed, _, _, num_prompt, sampled_in, sampled_row, flags, _ = facts
+        pending = np.where(sampled_in >= self.num_collected, sampled_row, -1)
         samples = num_computed + num_new == num_tokens
-        scoring = np.flatnonzero(state.scores[rows]).tolist()
-        prompt_rows = [(sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring]
-        return Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, pending, samples, prompt_rows)
+        step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, num_prompt, flags, pending, samples, [])
+        if step.any_flag(Rows.SCORES):
+            scoring = np.flatnonzero(flags & Rows.SCORES).tolist()
+            step.prompt_rows.extend((sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring)
+        return step
 
     def _admit(self, budget: _Budget) -> None:
         victims = set()
@@ -228,8 +260,7 @@ class Scheduler:
             if not admitted:
                 break
             heapq.heappop(self._waiting)
-            seq.status = Status.RUNNING
-            insort(self.running, seq, key=lambda s: s.order)
+            self._run(seq)
             num_new = budget.chunk(seq)
             self.cache.grow(seq, int(self.rows.num_computed[seq.row]) + num_new)
             budget.add(seq, num_new)
@@ -244,10 +275,11 @@ class Scheduler:
     def _preempt(self, budget: _Budget) -> Sequence:
         """Take row and pages from the running sequence that comes last."""
         victim = self.running.pop()
+        self._running_rows = None
         budget.discard(victim)
         row = victim.row
         victim.last_step = int(self.rows.launched_in[row])
-        undecided = bool(self.rows.chosen[row]) and not self.rows.uncomputed(np.array([row]))[0]
+        undecided = bool(self.rows.flags[row] & Rows.CHOSEN) and not self.rows.uncomputed(np.array([row]))[0]
         self.cache.release(victim)
         if undecided:
             victim.status = Status.PARKED
@@ -258,14 +290,15 @@ class Scheduler:
 
     def launched(self, step: Step) -> None:
         """The step is on its way: the next one is scheduled as if it were done. Its samples are pending from now on."""
-        state = self.rows
+        state, sampled = self.rows, step.sampled(step.rows)
         state.num_computed[step.rows] = step.lengths
-        state.launched_in[step.rows] = step.number
-        sampled = step.rows[step.samples]
-        feeds_next = ~state.chosen[sampled]
-        state.num_tokens[sampled] += feeds_next
-        state.sampled_in[sampled] = np.where(feeds_next, step.number, -1)
+        state.launched_in[step.rows] = state.sampled_in[sampled] = step.number
         state.sampled_row[sampled] = np.arange(len(sampled))
+        state.num_tokens[sampled] += 1
+        if step.any_flag(Rows.CHOSEN):  # theirs is not known, nor on the device
+            chosen = sampled[step.sampled(step.flags) & Rows.CHOSEN != 0]
+            state.sampled_in[chosen] = -1
+            state.num_tokens[chosen] -= 1
         self.num_launched += 1
         self.cache.launched(step.sequences, step.rows, step.lengths, step.num_tokens - (step.pending >= 0))
 
@@ -277,6 +310,7 @@ class Scheduler:
         """Take `seq` out, wherever it is, and free what it holds."""
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
+            self._running_rows = None
             self.cache.release(seq)
         elif seq.status is Status.WAITING:
             self._waiting = [w for w in self._waiting if w[1] is not seq]
@@ -292,10 +326,11 @@ class Scheduler:
         assert all(s.status is Status.RUNNING for s in self.running) and all(s.status is Status.WAITING and s.row < 0 for s in waiting)
         assert [s.order for s in self.running] == sorted(s.order for s in self.running)
         assert len(self.running) <= self.max_num_seqs
-        rows = np.array([s.row for s in self.running], np.int32)
+        rows = np.array([s.row for s in self.running], np.intp)
+        assert self._rows_of_running().tolist() == rows.tolist()
         awaited = self.rows.num_tokens[rows] - np.array([len(s.token_ids) for s in self.running], np.int32)
         assert ((awaited > 0) == (self.rows.sampled_in[rows] >= self.num_collected)).all()
         assert (awaited >= 0).all() and (awaited <= self.num_launched - self.num_collected).all()
-        chosen = self.rows.chosen[rows]
+        chosen = self.rows.flags[rows] & Rows.CHOSEN != 0
         assert (self.rows.num_computed[rows] < self.rows.num_tokens[rows] + chosen).all()
         assert (self.rows.uncomputed(rows) >= (awaited == 0) & ~chosen).all()  # only one whose last token is awaited has nothing left to compute

@@ -22,6 +22,8 @@ _SLOTS = 3
 """Host buffers in rotation: one is packed while the two steps before it may still be in flight."""
 _KEPT = 64
 """Batches whose views are kept; steps of a size seen before cost no views."""
+_SOURCES = 8
+"""Places whose copy to a batch's tokens stays bound: graphs and plans leave samples where they left those of the step before."""
 
 
 class _Slot(NamedTuple):
@@ -33,9 +35,10 @@ class _Slot(NamedTuple):
 
 
 class _Copies(NamedTuple):
-    """Of a batch, bound: to the device its arrays and page tables, to the host the tokens that its step samples."""
+    """Of a batch, bound: to the device its arrays and page tables, to the host, by where they are, the tokens that its step samples."""
 
     upload: list[Callable[[], object]]
+    download: dict[int, Callable[[], object]]
     token_ids: torch.Tensor
     host_token_ids: np.ndarray
 
@@ -115,7 +118,12 @@ class Staging:
         """Enqueue the copy of what the uploaded batch's step samples at all of its rows."""
         if sampled.logprobs is None:
             _, copies = self._batches[self._turn, batch.padded]
-            self._bind_copy(copies.token_ids, sampled.token_ids)()
+            source = sampled.token_ids.data_ptr()
+            if source not in copies.download:
+                if len(copies.download) == _SOURCES:
+                    copies.download.clear()
+                copies.download[source] = self._bind_copy(copies.token_ids, sampled.token_ids)
+            copies.download[source]()
             samples = copies.host_token_ids
         else:
             samples = _pack(sampled).to("cpu", non_blocking=True).numpy()  # to page-locked memory
@@ -134,7 +142,7 @@ class Staging:
         upload = [self._bind_copy(self.buffer[:length], slot.buffer[:length])]
         upload += [self._bind_copy(self._page_tables[name][: table.shape[0], : table.shape[1]], table) for name, table in packed.items()]
         token_ids = slot.token_ids[: batch.padded.num_rows]
-        return _Copies(upload, token_ids, token_ids.numpy())
+        return _Copies(upload, {}, token_ids, token_ids.numpy())
 
     def _view(self, buffer: torch.Tensor, name: str, padded: StepSize) -> torch.Tensor:
         field = self._layout.fields(padded)[name]
