@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -30,7 +29,6 @@ from ingot.models.checkpoint import Checkpoint
 from ingot.models.frontend import architecture, entry_point, shortened, trace
 from ingot.models.quantization import method_of
 from ingot.ops import OPS, Graph
-from ingot.ops.cuda import make_context
 from ingot.ops.errors import IngotError
 from ingot.ops.garbage import uncollected
 from ingot.ops.target import Target, here, resolve
@@ -38,7 +36,6 @@ from ingot.ops.target import Target, here, resolve
 from . import embedding
 from .calibration import calibrate, windows
 from .call import dtype_name
-from .codegen import triton, tvm
 from .codegen.emit import Emitter
 from .inputs import Inputs, inputs_of, sha256
 from .outline import Outline
@@ -49,6 +46,7 @@ from .sampling import sampling_programs
 from .select import Program, select, wanted_sources
 from .tuning import Table, table_for
 from .variants import LAST_CAPTURED, VariantSpec, embed_variants, page_size, variants
+from .warm_up import warm_up
 from .weights import bind, described, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -213,7 +211,7 @@ class Job:
         compiled = lambda n, of: progress("compile kernels", n / max(of, 1))
         with tempfile.TemporaryDirectory(prefix="kernels-", dir=writer.folder) as folder, Emitter(self.target, store, Path(folder), compiled) as emitted:
             device = None if self.defer_gate else device_for(self.target)
-            self.warm_up(device)
+            warm_up(self.target)
             self.begin_kernels(emitted, device)
             done("foresee")
             graph, counts = self.lowered(progress, done, scratch)
@@ -274,15 +272,6 @@ class Job:
             entry_point=self.entry_point,
             embedding=self._embedding(graph),
         )
-
-    def warm_up(self, device: torch.device | None) -> None:
-        """Have compilers imported and the GPU's context made: neither needs what the trace finds out."""
-        if self.target.kind == "cuda":
-            triton.warm_up()
-        else:
-            tvm.warm_up(min(2, settings().num_threads))
-        if device is not None and device.type == "cuda":
-            threading.Thread(target=make_context, daemon=True).start()
 
     def begin_kernels(self, emitted: Emitter, device: torch.device | None) -> None:
         """Begin to compile the kernels of a model with two such layers while the whole is traced: they are the same, or else are compiled later."""

@@ -56,8 +56,8 @@ def load_families(target: Target) -> None:
     importlib.import_module(f"ingot.ops.{'triton' if target.kind == 'cuda' else 'tvm'}").load()
 
 
-Emit = Callable[[Iterable[Source]], dict[Source, tuple[Kernel, Loaded | None]]]
-"""Compiles sources: the kernel as the artifact records it, and the loaded function when this machine can run it."""
+Emit = Callable[[Iterable[Source]], Iterable[tuple[Source, tuple[Kernel, Loaded | None]]]]
+"""Compiles sources, each given out when it is done: the kernel as the artifact records it, and the loaded function when this machine can run it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def select(programs: Iterable[Program], target: Target, emit: Emit, device: torc
 def wanted_sources(programs: Iterable[Program], target: Target, device: torch.device | None, table: Table, *, measure: bool = False) -> list[Source]:
     """What `select` would have compiled at first, with the same arguments."""
     load_families(target)
-    selector = _Selector(target, lambda sources: {}, device, table, _measures(device, measure))
+    selector = _Selector(target, lambda sources: (), device, table, _measures(device, measure))
     return _sources(c for program in programs for w in selector.all_wanted(program) for c in w.tried)
 
 
@@ -133,10 +133,8 @@ class _Selector:
             for c in w.tried:
                 self.uses.setdefault(_use(w, c), []).append(w.steps)
         done("select")
-        self._emit(c for w in wanted for c in w.tried)
-        done("compile kernels")
-        choices = self.selection.choices
-        for i, w in enumerate(sorted(wanted, key=lambda w: w.name)):  # call by call: their weights are drawn once
+        choices, compiled = self.selection.choices, self._compiled(wanted, done)
+        for i, w in enumerate(w for group in compiled for w in group):
             progress(i, len(wanted))
             choices[w.name, w.steps] = self._choose(w)
         checks = (_check(w.graph, w.call, w.steps, choices[w.name, w.steps]) for w in wanted)
@@ -161,8 +159,32 @@ class _Selector:
             return [candidate], f"fastest of {len(found)} in the tuning table {self.table.name}, {entry.us:g} µs"
         return found if self.measures else found[:1], f"first of {len(found)} by rank"
 
-    def _emit(self, wanted: Iterable[Candidate]) -> None:
-        self.emitted |= self.emit([s for s in _sources(wanted) if s not in self.emitted])
+    def _emit(self, wanted: Iterable[Candidate]) -> Iterator[Source]:
+        """As they are compiled."""
+        for source, kernel in self.emit([s for s in _sources(wanted) if s not in self.emitted]):
+            self.emitted[source] = kernel
+            yield source
+
+    def _compiled(self, wanted: list[_Wanted], done: Callable[[str], None]) -> Iterator[list[_Wanted]]:
+        """What is wanted, call by call, whose weights are then drawn once: each when its kernels are compiled, or if something will be timed when all are."""
+        calls: dict[str, list[_Wanted]] = {}
+        for w in sorted(wanted, key=lambda w: w.name):
+            calls.setdefault(w.name, []).append(w)
+        missing = {name: set(_sources(c for w in group for c in w.tried)) for name, group in calls.items()}
+        timed = self.measures and any(len(w.tried) > 1 for w in wanted)
+
+        def ready() -> list[list[_Wanted]]:
+            return [calls[name] for name, sources in list(missing.items()) if not sources and missing.pop(name) is not None]
+
+        if not timed:
+            yield from ready()
+        for source in self._emit(c for w in wanted for c in w.tried):
+            for sources in missing.values():
+                sources.discard(source)
+            if not timed:
+                yield from ready()
+        done("compile kernels")
+        yield from ready()
 
     def _choose(self, w: _Wanted) -> Choice:
         call = w.call
@@ -175,7 +197,7 @@ class _Selector:
         passed = self._passing(w, w.tried)
         if not passed and self.measures and len(w.tried) < len(w.found):  # what the table named is wrong here
             rest = [c for c in w.found if c not in w.tried]
-            self._emit(rest)
+            list(self._emit(rest))
             passed = self._passing(w, rest)
         if not passed:
             raise GateError(f"no kernel for {call} agrees with the reference: {'; '.join(self.selection.rejected[-len(w.found) :])}; please report this")

@@ -126,9 +126,9 @@ def _compile(module: fx.GraphModule, args: Sequence[Any]) -> _Program:
     with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(target, store, Path(folder), lambda done, of: None) as emitter:
 
         def emit(sources: Any) -> Any:
-            emitted = emitter(sources)
-            loaded.update({kernel.name: function for kernel, function in emitted.values()})
-            return emitted
+            for source, (kernel, function) in emitter(sources):
+                loaded[kernel.name] = function
+                yield source, (kernel, function)
 
         calls = {n.name: call for n in graph.fx.nodes if n.op == "call_function" and (call := call_of(graph, n)) is not None}
         program = Program(graph, list(calls.values()), [VariantSpec("function", _STEPS)])

@@ -14,6 +14,7 @@ from .build import CompileOptions, Job, Progress, device_for
 from .codegen.emit import Emitter
 from .select import select
 from .tuning import SHIPPED, Tuned, TuningError, entries_of, slug, write
+from .warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def tune(
         device = device_for(job.target)
         if device is None or not job.target.device:
             raise TuningError(f"{job.target} is not here to measure on: run `ingot tune` on a machine that has it")
-        job.warm_up(device)
+        warm_up(job.target)
         graph, _ = job.lowered(lambda stage, done, model=model: progress(f"{model}: {stage}", done), lambda stage: None)  # type: ignore[misc]
         compiled = _stage(progress, f"{model}: compile kernels")
         with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(job.target, Store(settings().home), Path(folder), compiled) as emitter:

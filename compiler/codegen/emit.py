@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Condition
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,32 +38,42 @@ class Emitter:
         self._binaries: dict[str, bytes] = {}
         self._texts: dict[str, str] = {}
         self._thread = ThreadPoolExecutor(1)
-        self._begun: Future[None] | None = None
+        self._task: Future[None] | None = None  # the last one
+        self._changed = Condition()  # when a kernel is there, or a task has ended
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        while self._begun is not None and not self._begun.done():
+        while self._task is not None and not self._task.done():
             (triton if self.target.kind == "cuda" else tvm).stop()
-            wait([self._begun], timeout=0.1)  # it may not have taken its compilers yet
+            wait([self._task], timeout=0.1)  # it may not have taken its compilers yet
         self._thread.shutdown()
 
     def begin(self, sources: Iterable[Source]) -> None:
-        """Compile these meanwhile; the next call waits for them. What does not compile is told by a call that needs it."""
-        self._begun = self._thread.submit(self._compile, self._missing(self._named(sources)), lambda done, of: None)
+        """Compile these meanwhile. What does not compile is told by a call that needs it."""
+        self._task = self._thread.submit(self._compile, self._named(sources))
+        self._task.add_done_callback(self._tell)
 
-    def __call__(self, sources: Iterable[Source]) -> dict[Source, tuple[Kernel, Loaded | None]]:
-        if self._begun is not None:
-            wait([self._begun])
-        named = self._named(sources)
-        with writing(self.folder):
-            self._compile(self._missing(named), self.progress)
-        kernels: dict[str, tuple[Kernel, Loaded | None]] = {}
-        for source, name in named.items():
-            if name not in kernels:
-                kernels[name] = self._finish(source, name)
-        return {source: kernels[name] for source, name in named.items()}
+    def __call__(self, sources: Iterable[Source]) -> Iterator[tuple[Source, tuple[Kernel, Loaded | None]]]:
+        """Each source with its kernel, as soon as that is there; what was begun comes first."""
+        waiting: dict[str, list[Source]] = {}
+        for source, name in self._named(sources).items():
+            waiting.setdefault(name, []).append(source)
+        total = len(waiting)
+        self.begin(source for (source, *_) in waiting.values())
+        task = self._task
+        assert task is not None
+        while waiting:
+            with self._changed:
+                while not (there := [name for name in waiting if name in self._texts]) and not task.done():
+                    self._changed.wait()
+            if not there:
+                task.result()  # raises: it has not all
+            for name in there:
+                kernel = self._finish(waiting[name][0], name)
+                yield from ((source, kernel) for source in waiting.pop(name))
+                self.progress(total - len(waiting), total)
 
     def files(self, name: str) -> tuple[bytes, str]:
         """A kernel's binary and the text that it was compiled from."""
@@ -72,33 +83,39 @@ class Emitter:
         kernel_name = triton.kernel_name if self.target.kind == "cuda" else tvm.kernel_name
         return {source: kernel_name(source, self.target) for source in sources}
 
-    def _missing(self, named: dict[Source, str]) -> dict[str, Source]:
-        """Those that have to be compiled; the others are taken from the store."""
+    def _tell(self, task: Future[None]) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _compile(self, named: dict[Source, str]) -> None:
+        """Have all of them: from the store, or compiled."""
         missing: dict[str, Source] = {}
         for source, name in named.items():
-            cached = self.store.kernel(name)
-            if cached is None:
+            if name not in self._texts and (cached := self.store.kernel(name)) is not None:
+                self._keep(name, *cached)
+            elif name not in self._texts:
                 missing[name] = source
-            else:
-                self._binaries[name], self._texts[name] = cached
-        return missing
-
-    def _compile(self, missing: dict[str, Source], progress: Callable[[int, int], None]) -> None:
-        self.compiled += len(missing)
         jobs = settings().num_threads
-        launches: dict[str, dict[str, object]] = {}
-        if self.target.kind == "cuda" and missing:
-            for c in triton.compile_sources(list(missing.values()), self.target, jobs, progress):
-                self._binaries[c.name] = c.binary
-                launches[c.name] = {"symbol": c.symbol, "num_warps": c.num_warps, "shared_bytes": c.shared_bytes, "launch_pdl": c.launch_pdl}
-        elif missing:
-            for path in tvm.compile_sources(list(missing.values()), self.target, self.folder, jobs):
-                self._binaries[path.stem] = path.read_bytes()
-        for name, source in missing.items():
-            facts = {"symbol": source.symbol} | launches.get(name, {})
-            details = {"signature": source.signature, "constants": {k: repr(v) for k, v in source.constants.items()}} if source.signature else {}
-            self._texts[name] = f"{_HEADER}{json.dumps(facts | details)}\n{source.text}"
-            self.store.keep_kernel(name, *self.files(name))
+        with writing(self.folder):
+            if self.target.kind == "cuda":
+                for c in triton.compile_each(missing.values(), self.target, jobs):
+                    self._compiled(missing[c.name], c.name, c.binary, symbol=c.symbol, num_warps=c.num_warps, shared_bytes=c.shared_bytes,
+                                   launch_pdl=c.launch_pdl)  # fmt: skip
+            elif missing:
+                for path in tvm.compile_sources(list(missing.values()), self.target, self.folder, jobs):
+                    self._compiled(missing[path.stem], path.stem, path.read_bytes())
+
+    def _compiled(self, source: Source, name: str, binary: bytes, **launch: object) -> None:
+        details = {"signature": source.signature, "constants": {k: repr(v) for k, v in source.constants.items()}} if source.signature else {}
+        text = f"{_HEADER}{json.dumps({'symbol': source.symbol} | launch | details)}\n{source.text}"
+        self.store.keep_kernel(name, binary, text)
+        self.compiled += 1
+        self._keep(name, binary, text)
+
+    def _keep(self, name: str, binary: bytes, text: str) -> None:
+        with self._changed:
+            self._binaries[name], self._texts[name] = binary, text
+            self._changed.notify_all()
 
     def _finish(self, source: Source, name: str) -> tuple[Kernel, Loaded | None]:
         suffix = "cubin" if self.target.kind == "cuda" else "so"
@@ -126,4 +143,4 @@ def load_here(sources: Iterable[Source], target: Target) -> dict[Source, Loaded]
         tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder,
         Emitter(target, Store(settings().home), Path(folder), lambda done, of: None) as emitter,
     ):
-        return {source: loaded for source, (_, loaded) in emitter(sources).items() if loaded is not None}
+        return {source: loaded for source, (_, loaded) in emitter(sources) if loaded is not None}

@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -85,26 +85,33 @@ def compile_source(source: Source, target: Target) -> Compiled:
     return Compiled(name, binary, metadata.name, metadata.num_warps, metadata.shared, overlaps)
 
 
-def compile_sources(sources: Sequence[Source], target: Target, jobs: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[Compiled]:
-    """Compile in `jobs` processes (`triton_worker`); results in the order of `sources`, equal ones compiled once. `progress` gets (done, of).
+def compile_each(sources: Iterable[Source], target: Target, jobs: int) -> Iterator[Compiled]:
+    """Compile in `jobs` processes (`triton_worker`), equal sources once; each is given out when it is done.
 
     Raises TritonCompileError, also when a compiler process dies.
     """
-    names = {source: kernel_name(source, target) for source in sources}
-    if not names:
-        return []
-    done: dict[str, Compiled] = {}
+    named = {kernel_name(source, target): source for source in sources}
+    if not named:
+        return
+    longest_first = sorted(named.values(), key=lambda s: -len(s.text))  # it takes longest, and should not be the last alone
     worker = _workers.take()
-    worker.send(f"{len(names)} {max(1, min(jobs, len(names)))}", *(msgspec.json.encode((source, target)).decode() for source in names))
+    worker.send(f"{len(named)} {max(1, min(jobs, len(named)))}", *(msgspec.json.encode((source, target)).decode() for source in longest_first))
     try:
-        while len(done) < len(names):
-            compiled = msgspec.json.decode(worker.receive(), type=Compiled)
-            done[compiled.name] = compiled
-            progress(len(done), len(names))
+        for _ in named:
+            yield msgspec.json.decode(worker.receive(), type=Compiled)
     except WorkerDied as died:
         raise TritonCompileError(died.message or f"the process that compiles Triton kernels ended: {died.how}") from died
     _workers.give_back(worker)
-    return [done[names[source]] for source in sources]
+
+
+def compile_sources(sources: Sequence[Source], target: Target, jobs: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[Compiled]:
+    """What `compile_each` gives, in the order of `sources`. `progress` gets (done, of)."""
+    names = [kernel_name(source, target) for source in sources]
+    done: dict[str, Compiled] = {}
+    for compiled in compile_each(sources, target, jobs):
+        done[compiled.name] = compiled
+        progress(len(done), len(set(names)))
+    return [done[name] for name in names]
 
 
 _workers = Workers("-m", f"{__package__}.triton_worker")

@@ -27,6 +27,10 @@ def compile_command(
     from ..progress import StageBar, print_seconds
 
     with uncollected():
+        from ingot.compiler.warm_up import warm_up
+        from ingot.ops.target import resolve
+
+        warm_up(resolve(flags.target or "auto"))  # while torch and transformers are imported
         from ingot.artifacts.artifact import Artifact
         from ingot.artifacts.gate_record import notice
         from ingot.models.lean import lean

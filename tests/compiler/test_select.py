@@ -36,10 +36,10 @@ class Compiler:
     sources: list[str] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
 
-    def __call__(self, sources: Iterable[Source]) -> dict[Source, tuple[Kernel, Any]]:
-        sources = list(sources)
-        self.sources += [s.text for s in sources]
-        return {s: (Kernel(s.text.replace(" ", "_"), s.family, "tvm", s.symbol, "", ""), _Function(self, s.text)) for s in sources}
+    def __call__(self, sources: Iterable[Source]) -> Iterator[tuple[Source, tuple[Kernel, Any]]]:
+        for s in sources:
+            self.sources.append(s.text)
+            yield s, (Kernel(s.text.replace(" ", "_"), s.family, "tvm", s.symbol, "", ""), _Function(self, s.text))
 
 
 @dataclass
