@@ -171,7 +171,7 @@ class StepBatch:
 
 def size_of(step: Step) -> StepSize:
     longest = int(step.lengths.max())
-    return StepSize(int(step.num_new.sum()), len(step.sequences), step.num_rows, -(-longest // _LONGEST) * _LONGEST)
+    return StepSize(step.total, len(step.sequences), step.num_rows, -(-longest // _LONGEST) * _LONGEST)
 
 
 def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:

@@ -254,15 +254,15 @@ class Engine:
                 seq.add_prompt_logprob(logprob(row, seq.request.params.prompt_logprobs or 0))
                 row += 1
         deltas: list[Delta] = []
-        finished = Status.FINISHED
+        finished, plain = Status.FINISHED, 0
         for row, (seq, token) in enumerate(zip(sampling, tokens, strict=False)):
             if seq.status is finished:
                 continue
             ids = seq.token_ids
             if seq.plain and seq.num_prompt < len(ids) < seq.last and token >= 0 and token not in seq.stop_ids:  # as a rule
                 ids.append(token)
-                deltas.append(Delta(seq.request.id, seq.index, [token], "" if seq.detokenizer is None else seq.detokenizer.feed(token)))
-                self._generated_tokens += 1
+                deltas.append(Delta(seq.id, seq.index, [token], "" if seq.detokenizer is None else seq.detokenizer.feed(token)))
+                plain += 1
             elif token < 0:
                 deltas += self._end(seq, "error", _WHY_NO_TOKEN[token])
             elif seq.beams is not None:
@@ -272,6 +272,7 @@ class Engine:
                 if seq.request.params.ranked:
                     seq.score += logprobs[row]
                 deltas.append(self._append(seq, token, None if wanted is None else [logprob(row, wanted)]))
+        self._generated_tokens += plain
         return deltas
 
     def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:

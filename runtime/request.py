@@ -221,6 +221,7 @@ class Sequence:
     score: float = 0.0  # sum of the log-probabilities of its output, if it is to be ranked
     counted: bool = False  # since it has its row: the device counts its tokens, for penalties
     page_hashes: dict[int, list[bytes]] = field(default_factory=dict)  # by page size
+    id: str = field(init=False)  # the request's
     num_prompt: int = field(init=False)
     last: int = field(init=False)  # tokens that it has when one more is its last
     prompt_logprobs: list[TokenLogprob | None] = field(init=False)  # so far; continuation 0 computes them for all
@@ -230,7 +231,7 @@ class Sequence:
     def __post_init__(self) -> None:
         params = self.request.params
         self.plain = self.beams is None and params.logprobs is None and not params.ranked and not params.stop
-        self.num_prompt = len(self.request.prompt_token_ids)
+        self.id, self.num_prompt = self.request.id, len(self.request.prompt_token_ids)
         self.last = self.num_prompt + self.max_tokens - 1
         scores = self.index == 0 and self.request.params.prompt_logprobs is not None
         self.prompt_logprobs = [None] if scores else []

@@ -34,6 +34,7 @@ class Step:
     num_tokens: np.ndarray  # that they have, with a pending one
     num_computed: np.ndarray
     num_new: np.ndarray
+    total: int  # of `num_new`
     num_prompt: np.ndarray
     flags: np.ndarray  # of `Rows`
     pending: np.ndarray  # the row of the last step's samples with the sequence's newest token; −1 when it is known
@@ -191,7 +192,7 @@ class Scheduler:
         for i in (room <= num_computed).nonzero()[0].tolist():
             if not self.cache.grow(sequences[i], int(num_computed[i]) + 1):
                 return None
-        return self._step(sequences, rows, facts, np.ones(len(rows), np.int64))
+        return self._step(sequences, rows, facts, np.ones(len(rows), np.int64), len(rows))
 
     def _fill(self) -> Step | None:
         """The next step, its budget given to one after the other."""
@@ -232,14 +233,15 @@ class Scheduler:
         """In which each sequence has so many tokens."""
         sequences = list(items)
         rows = np.fromiter(map(_ROW, sequences), np.intp, len(sequences))
-        return self._step(sequences, rows, self.rows.facts.take(rows, 1), np.fromiter(items.values(), np.int64, len(sequences)))
+        num_new = np.fromiter(items.values(), np.int64, len(sequences))
+        return self._step(sequences, rows, self.rows.facts.take(rows, 1), num_new, sum(items.values()))
 
-    def _step(self, sequences: list[Sequence], rows: np.ndarray, facts: np.ndarray, num_new: np.ndarray) -> Step:
+    def _step(self, sequences: list[Sequence], rows: np.ndarray, facts: np.ndarray, num_new: np.ndarray, total: int) -> Step:
         """`facts` of `rows`, as `Rows` has them."""
         num_tokens, num_computed, _, _, num_prompt, sampled_in, sampled_row, flags, _ = facts
         pending = np.where(sampled_in >= self.num_collected, sampled_row, -1)
         samples = num_computed + num_new == num_tokens
-        step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, num_prompt, flags, pending, samples, [])
+        step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, total, num_prompt, flags, pending, samples, [])
         if step.any_flag(Rows.SCORES):
             scoring = np.flatnonzero(flags & Rows.SCORES).tolist()
             step.prompt_rows.extend((sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring)
