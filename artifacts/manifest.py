@@ -14,7 +14,7 @@ from ingot.ops.target import Target
 from .files import AGAIN, ArtifactError, check_relative
 from .plan import Kernel
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 POOLINGS = ("mean", "cls", "last")
 """How an embedding comes from a text's tokens, in the order of the numbers in the step input `pooling`."""
 CHUNK_BYTES = 64 << 20

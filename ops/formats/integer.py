@@ -14,6 +14,13 @@ from .format import Format, Parts, register
 
 TILE = 16
 """Rows of the weight that lie together in layout "tile16"."""
+PANEL = 16
+"""Rows that lie together in layout "panels", where they divide the rows of a weight."""
+
+
+def panel_rows(n: int) -> int:
+    """Rows of a panel of a weight with n rows in layout "panels"."""
+    return PANEL if n % PANEL == 0 else 1
 
 
 class Integer(Format):
@@ -26,9 +33,10 @@ class Integer(Format):
 
     Layout "rows" (GPU, 8 bits): weight int8 [N, K], code − 128. scale, zero [N, G].
 
-    Layout "fragments" (GPU, 4 bits): weight int32 [N, 16 ⌈K/128⌉]. Bits 4 q + 16 h … of word 16 c + 4 t + j (q, t, j < 4, h < 2) are column
+    Layout "panels" (GPU, 4 bits): weight int32 [N, 16 ⌈K/128⌉]. Bits 4 q + 16 h … of word 16 c + 4 t + j (q, t, j < 4, h < 2) of a row are column
     128 c + 32 j + 8 q + 2 t + h: what thread t of four holds of a row when the matrix units take it from registers (PTX ISA, "Matrix fragments for
-    mma.m16n8k16"), a pair of neighbours in the two halves of a word, so that a mask and an exponent make two floats of it. scale, zero [N, G].
+    mma.m16n8k16"), a pair of neighbours in the two halves of a word, so that a mask and an exponent make two floats of it. The rows of a panel
+    (`panel_rows`) lie together: 16 words of each, then the next 16, so that memory is read a KiB at a time. So do scale, zero [N, G]: one of each.
     """
 
     def __init__(self, bits: int, group: int, zero: bool) -> None:
@@ -68,7 +76,7 @@ class Integer(Format):
 
     def layout(self, target: Target) -> str:
         if target.kind == "cuda":
-            return "rows" if self.bits == 8 else "fragments"
+            return "rows" if self.bits == 8 else "panels"
         return "tile16"
 
     def pack(self, parts: Parts, layout: str) -> Parts:
@@ -76,10 +84,10 @@ class Integer(Format):
         scales = {name: parts[name] for name in self.parts[1:]}
         if layout == "rows":
             return {"weight": (codes ^ 128).view(torch.int8), **scales}
-        if layout == "fragments":
+        if layout == "panels":
             nibbles = F.pad(codes, (0, -codes.shape[1] % 128)).unflatten(1, (-1, 4, 4, 4, 2)).to(torch.int32)  # c, j, q, t, h
             words = (nibbles << _shifts(codes.device)).sum((3, 5), dtype=torch.int32)  # c, j, t
-            return {"weight": words.transpose(2, 3).flatten(1), **scales}
+            return {"weight": _in_panels(words.transpose(2, 3).flatten(1), 16), **{name: _in_panels(s, 1) for name, s in scales.items()}}
         n, k = codes.shape
         per_byte = 8 // self.bits
         codes = F.pad(codes, (0, -k % (4 * per_byte), 0, -n % TILE)).reshape(-1, TILE, -(-k // (4 * per_byte)), per_byte, 4).permute(0, 2, 1, 3, 4)
@@ -94,9 +102,10 @@ class Integer(Format):
         scales = {name: parts[name] for name in self.parts[1:]}
         if layout == "rows":
             return {"weight": weight.view(torch.uint8) ^ 128, **scales}
-        if layout == "fragments":
-            words = weight.unflatten(1, (-1, 4, 4)).transpose(2, 3)[:, :, :, None, :, None]
-            return {"weight": ((words >> _shifts(weight.device)) & 15).to(torch.uint8).flatten(1)[:, :k], **scales}
+        if layout == "panels":
+            words = _in_rows(weight, 16).unflatten(1, (-1, 4, 4)).transpose(2, 3)[:, :, :, None, :, None]
+            codes = ((words >> _shifts(weight.device)) & 15).to(torch.uint8).flatten(1)[:, :k]
+            return {"weight": codes, **{name: _in_rows(s, 1) for name, s in scales.items()}}
         codes = torch.stack([weight & 15, weight >> 4], 3) if self.bits == 4 else weight.unsqueeze(3)
         codes = codes.permute(0, 2, 1, 3, 4).reshape(weight.shape[0] * TILE, -1)[:n, :k]
         return {"weight": codes, **{name: s.transpose(1, 2).reshape(-1, s.shape[1])[:n] for name, s in scales.items()}}
@@ -109,8 +118,20 @@ class Integer(Format):
 
 
 def _shifts(device: torch.device) -> torch.Tensor:
-    """Where nibbles lie in a word of layout "fragments": [q, t, h]."""
+    """Where nibbles lie in a word of layout "panels": [q, t, h]."""
     return torch.tensor([[[4 * q, 4 * q + 16]] for q in range(4)], dtype=torch.int32, device=device)
+
+
+def _in_panels(values: torch.Tensor, unit: int) -> torch.Tensor:
+    """Rows [N, I · unit], `unit` elements of each row of a panel together."""
+    n, width = values.shape
+    return values.reshape(-1, panel_rows(n), width // unit, unit).transpose(1, 2).reshape(n, width)
+
+
+def _in_rows(values: torch.Tensor, unit: int) -> torch.Tensor:
+    """What `_in_panels` did, undone."""
+    n, width = values.shape
+    return values.reshape(-1, width // unit, panel_rows(n), unit).transpose(1, 2).reshape(n, width)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..chain import chain
 from ..kernel import Call, Candidate, Operand, Tensor, claimants
-from .quantized_product import CHUNK, Product
+from .quantized_product import CHUNK, Product, begin_of, word_of
 from .source import launch
 
 LARGEST_SCRATCH = 1 << 30
@@ -44,7 +44,7 @@ def nibble_pairs(words, away, scale, magic, Q: tl.constexpr, dtype: tl.constexpr
 
 @triton.jit
 def widen_nibbles(words, zero, scale, magic, dtype: tl.constexpr, MIDDLE: tl.constexpr, WARPS: tl.constexpr):
-    """(codes − zero) · scale [N, 128 C] in `dtype` (bfloat16, float16), rows in their order, of words [N, 16 C] (layout "fragments" of
+    """(codes − zero) · scale [N, 128 C] in `dtype` (bfloat16, float16), rows in their order, of words [N, 16 C] (layout "panels" of
     `formats.integer`), rows in that of `register_rows(N, WARPS)`.
 
     zero, scale: [N, P] in `dtype`, rows like those of the words: each of P equal runs of columns, of at least 32, has its own. Without a scale it is 1 and
@@ -85,18 +85,18 @@ def widen_bytes(codes, zero, scale, dtype: tl.constexpr, MIDDLE: tl.constexpr):
 
 
 @triton.jit
-def runs_of(row, begin, EACH: tl.constexpr, COUNT: tl.constexpr, RUNS: tl.constexpr):
-    """Scales or zeros [N, RUNS] of the columns from `begin` on, at pointers row [N] to those of COUNT runs of EACH columns."""
+def runs_of(row, begin, EACH: tl.constexpr, COUNT: tl.constexpr, RUNS: tl.constexpr, PANEL: tl.constexpr):
+    """Scales or zeros [N, RUNS] of the columns from `begin` on, at pointers row [N] to those of COUNT runs of EACH columns, each PANEL behind the last."""
     if RUNS == 1:  # in one dimension, so that no layout of theirs stands against that of the codes
-        return tl.load(row + tl.minimum(begin // EACH, COUNT - 1))[:, None]
+        return tl.load(row + tl.minimum(begin // EACH, COUNT - 1) * PANEL)[:, None]
     else:
-        return tl.load(row[:, None] + tl.minimum(begin // EACH + tl.arange(0, RUNS), COUNT - 1)[None, :])
+        return tl.load(row[:, None] + tl.minimum(begin // EACH + tl.arange(0, RUNS), COUNT - 1)[None, :] * PANEL)
 
 
 @triton.jit
 def dequantize_kernel(weight, scale, zero, out, magic, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-                      SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
-                      PDL: tl.constexpr):  # fmt: skip
+                      SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr, PANEL: tl.constexpr, BLOCK_N: tl.constexpr,
+                      WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program makes 128 columns of BLOCK_N rows of the weight [N, K]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -107,12 +107,12 @@ def dequantize_kernel(weight, scale, zero, out, magic, N: tl.constexpr, K: tl.co
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = tl.program_id(0) * BLOCK_N + (register_rows(BLOCK_N, WARPS) if BITS == 4 else tl.arange(0, BLOCK_N))
     held = tl.minimum(held, N - 1).to(tl.int64)
-    s = runs_of(scale + held // SCALE_ROWS * SCALES, begin, EACH, SCALES, RUNS)
+    s = runs_of(scale + begin_of(held // SCALE_ROWS, SCALES, 1, PANEL), begin, EACH, SCALES, RUNS, PANEL)
     z = None
     if zero is not None:
-        z = runs_of(zero + held * SCALES, begin, EACH, SCALES, RUNS)
+        z = runs_of(zero + begin_of(held, SCALES, 1, PANEL), begin, EACH, SCALES, RUNS, PANEL)
     if BITS == 4:
-        words = tl.load((weight + held * WORDS)[:, None] + begin // 8 + tl.arange(0, 16)[None, :])
+        words = tl.load((weight + begin_of(held, WORDS, 16, PANEL))[:, None] + word_of(begin, 16, PANEL)[None, :])
         h = widen_nibbles(words, z, s, magic, dtype, MIDDLE, WARPS)
     else:
         k = begin + tl.arange(0, 128)[None, :]
@@ -134,7 +134,7 @@ def dequantized(product: Product) -> list[Candidate]:
     plain = Tensor(x.dtype, (n, k))
     blocks = product.constants("X_GROUP", "ACT") | {"N": n, "BLOCK_N": 64, "WARPS": 4}
     operands = {p: Operand(arg=p) for p in ("weight", "scale", "zero")} | {"out": Operand(out=0), "magic": Operand(const=MAGIC[x.dtype])}
-    functions = [dequantize_kernel, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
+    functions = [dequantize_kernel, begin_of, word_of, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
     head = Candidate("dequantize", (launch(Call("dequantize", args, (plain,)), functions, operands, blocks, ((n, 64), (k, CHUNK)), num_warps=4),))
     rest = {"act": product.act} if product.act else {"bias": args["bias"]} | ({"residual": args["residual"]} if args["residual"] is not None else {})
     op = "linear_glu" if product.act else "linear" if args["residual"] is None else "linear_add"

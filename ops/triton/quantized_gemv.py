@@ -15,7 +15,7 @@ from .activations import activate, tanh
 from .prefetch import prefetch_rows
 from .product_tile import add_and_store
 from .quantize import row_scale
-from .quantized_product import CHUNK, KINDS, Product
+from .quantized_product import CHUNK, KINDS, Product, begin_of, word_of
 from .source import launch, power_of_two
 
 SIXTEEN = 0x41800000
@@ -67,16 +67,16 @@ def columns_of(x, norm_weight, begin, BLOCK_K: tl.constexpr, K: tl.constexpr, OF
 
 
 @triton.jit
-def codes_of(row, begin, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+def codes_of(row, begin, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr, PANEL: tl.constexpr):
     """Columns `begin` … of the weight's rows at pointers row [N, 1], packed."""
     j = begin // (8 if BITS == 4 else 1) + tl.arange(0, BLOCK_K // (8 if BITS == 4 else 1))[None, :]
-    return tl.load(row + j, mask=j < WORDS, other=0.0)
+    return tl.load(row + (word_of(begin, BLOCK_K // 8, PANEL)[None, :] if BITS == 4 else j), mask=j < WORDS, other=0.0)
 
 
 @triton.jit
 def product_of_words(words, sixteen, scale_row, zero_row, x, norm_weight, begin, K: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
-                     MIDDLE: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
-    """Products [N, …] of words [N, 16 · CHUNKS] (layout "fragments" of `formats.integer`) with x, to be added up.
+                     MIDDLE: tl.constexpr, OFFSET: tl.constexpr, PANEL: tl.constexpr):  # fmt: skip
+    """Products [N, …] of words [N, 16 · CHUNKS] (layout "panels" of `formats.integer`) with x, to be added up.
 
     Of the words of a thread, those that share a scale are added before it multiplies them.
     """
@@ -102,7 +102,7 @@ def product_of_words(words, sixteen, scale_row, zero_row, x, norm_weight, begin,
     total = tl.sum(tl.reshape(total, [1, CHUNKS, 4, RUNS, 4 // RUNS]), 4)
     if GROUP > 0:
         columns = begin + tl.arange(0, CHUNKS)[:, None] * 128 + tl.arange(0, RUNS)[None, :] * (128 // RUNS)
-        run = tl.reshape(tl.minimum(columns // GROUP, SCALES - 1), [1, CHUNKS, 1, RUNS])
+        run = tl.reshape(tl.minimum(columns // GROUP, SCALES - 1) * PANEL, [1, CHUNKS, 1, RUNS])
     else:
         run = tl.zeros([1, 1, 1, 1], tl.int32)
     away = 16.0 + MIDDLE
@@ -135,9 +135,9 @@ def product_of_bytes(codes, scale_row, zero_row, x, norm_weight, begin, by, K: t
 @triton.jit
 def product_of(codes, sixteen, scale_row, zero_row, x, norm_weight, begin, by, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
                SCALES: tl.constexpr, MIDDLE: tl.constexpr, ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr,
-               OFFSET: tl.constexpr):  # fmt: skip
+               OFFSET: tl.constexpr, PANEL: tl.constexpr):  # fmt: skip
     if BITS == 4:
-        return product_of_words(codes, sixteen, scale_row, zero_row, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET)
+        return product_of_words(codes, sixteen, scale_row, zero_row, x, norm_weight, begin, K, GROUP, SCALES, MIDDLE, OFFSET, PANEL)
     else:
         return product_of_bytes(codes, scale_row, zero_row, x, norm_weight, begin, by, K, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
 
@@ -146,24 +146,26 @@ def product_of(codes, sixteen, scale_row, zero_row, x, norm_weight, begin, by, K
 def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias, residual, out, sixteen, N: tl.constexpr, K: tl.constexpr,
                           WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, MIDDLE: tl.constexpr,
                           ROUND: tl.constexpr, X_GROUP: tl.constexpr, LARGEST: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
-                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
-                          PDL: tl.constexpr):  # fmt: skip
+                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PANEL: tl.constexpr, THREADS: tl.constexpr,
+                          PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A row of the weight has WORDS elements of memory and SCALES scales; SCALE_ROWS rows share them. PREFETCH: bytes of it behind its first block."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(n, N - 1).to(tl.int64)
-    row = (weight + inside * WORDS)[:, None]
+    row = (weight + begin_of(inside, WORDS, 16, PANEL))[:, None]
     # the first block of the weight is on its way before x is there
-    w = codes_of(row, 0, WORDS, BITS, BLOCK_K)
+    w = codes_of(row, 0, WORDS, BITS, BLOCK_K, PANEL)
     v = w
     if ACT is not None:
-        v = codes_of(row + N * WORDS, 0, WORDS, BITS, BLOCK_K)
+        v = codes_of(row + N * WORDS, 0, WORDS, BITS, BLOCK_K, PANEL)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            rest = weight + inside * WORDS + BLOCK_K // (8 if BITS == 4 else 1)
-            prefetch_rows(rest, BLOCK_N, PREFETCH, THREADS)
+            PANELS: tl.constexpr = max(BLOCK_N // PANEL, 1)  # programs with fewer rows ask for what their neighbours need too
+            panels = tl.minimum(tl.program_id(0) * BLOCK_N // PANEL * PANEL + tl.arange(0, PANELS) * PANEL, N - PANEL).to(tl.int64)
+            rest = weight + panels * WORDS + BLOCK_K // (8 if BITS == 4 else 1) * PANEL
+            prefetch_rows(rest, PANELS, PREFETCH * PANEL, THREADS)
             if ACT is not None:
-                prefetch_rows(rest + N * WORDS, BLOCK_N, PREFETCH, THREADS)
+                prefetch_rows(rest + N * WORDS, PANELS, PREFETCH * PANEL, THREADS)
         tl.extra.cuda.gdc_wait()
     by = 0.0
     factor = 1.0
@@ -181,23 +183,23 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
         by = tl.max(biggest, 0) / LARGEST if ROUND is not None else 0.0  # of x before it is normalized, as are the codes
     if input_scale is not None:
         by = tl.load(input_scale) / factor
-    scale_row = scale + (inside // SCALE_ROWS * SCALES)[:, None]
-    up_scale = scale + ((inside + N) // SCALE_ROWS * SCALES)[:, None]
+    scale_row = (scale + begin_of(inside // SCALE_ROWS, SCALES, 1, PANEL))[:, None]
+    up_scale = (scale + begin_of((inside + N) // SCALE_ROWS, SCALES, 1, PANEL))[:, None]
     zero_row = None
     up_zero = None
     if zero is not None:
-        zero_row = zero + (inside * SCALES)[:, None]
+        zero_row = (zero + begin_of(inside, SCALES, 1, PANEL))[:, None]
         up_zero = zero_row + N * SCALES
-    acc = product_of(w, sixteen, scale_row, zero_row, x, norm_weight, 0, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+    acc = product_of(w, sixteen, scale_row, zero_row, x, norm_weight, 0, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET, PANEL)
     if ACT is not None:
-        up = product_of(v, sixteen, up_scale, up_zero, x, norm_weight, 0, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+        up = product_of(v, sixteen, up_scale, up_zero, x, norm_weight, 0, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET, PANEL)
     for begin in tl.range(BLOCK_K, K, BLOCK_K, num_stages=1):
-        w = codes_of(row, begin, WORDS, BITS, BLOCK_K)
+        w = codes_of(row, begin, WORDS, BITS, BLOCK_K, PANEL)
         if ACT is not None:
-            v = codes_of(row + N * WORDS, begin, WORDS, BITS, BLOCK_K)
-        acc += product_of(w, sixteen, scale_row, zero_row, x, norm_weight, begin, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+            v = codes_of(row + N * WORDS, begin, WORDS, BITS, BLOCK_K, PANEL)
+        acc += product_of(w, sixteen, scale_row, zero_row, x, norm_weight, begin, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET, PANEL)
         if ACT is not None:
-            up += product_of(v, sixteen, up_scale, up_zero, x, norm_weight, begin, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET)
+            up += product_of(v, sixteen, up_scale, up_zero, x, norm_weight, begin, by, K, BITS, GROUP, SCALES, MIDDLE, ROUND, X_GROUP, LARGEST, OFFSET, PANEL)
     h = tl.sum(acc, 1)
     if ACT is not None:
         u = tl.sum(up, 1)
@@ -216,8 +218,8 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
 def gemvs(product: Product) -> list[Candidate]:
     call, weights, k, row_bytes = product.call, product.weights, product.k, product.weights.words(product.k) * (4 if product.weights.bits == 4 else 1)
     operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "input_scale", "weight", "scale", "zero", "bias", "residual")} | {"out": Operand(out=0)}
-    functions = [quantized_gemv_kernel, product_of, product_of_words, product_of_bytes, codes_of, columns_of, rounded_row, as_codes, nibble, row_scale,
-                 prefetch_rows, add_and_store, activate, tanh]  # fmt: skip
+    functions = [quantized_gemv_kernel, product_of, product_of_words, product_of_bytes, codes_of, begin_of, word_of, columns_of, rounded_row, as_codes,
+                 nibble, row_scale, prefetch_rows, add_and_store, activate, tanh]  # fmt: skip
     sixteen = {"sixteen": Operand(const=SIXTEEN)} if weights.bits == 4 else {}
     absent = {} if sixteen else {"sixteen": None}
     found = []

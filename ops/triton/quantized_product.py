@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from .. import formats
 from ..dims import Dim
 from ..formats.fp8 import BLOCK, Fp8
-from ..formats.integer import Integer
+from ..formats.integer import Integer, panel_rows
 from ..kernel import Call, Steps, Tensor
 from ..target import Target
 from .source import FLOATS, most, supported
@@ -44,6 +46,24 @@ class Weights:
     def words(self, k: int) -> int:
         """Elements of memory that a row of k columns takes."""
         return -(-k // CHUNK) * CHUNK // 8 if self.bits == 4 else k
+
+    def panel(self, n: int) -> int:
+        """Rows of a weight with n rows that lie together."""
+        return panel_rows(n) if self.bits == 4 else 1
+
+
+@triton.jit
+def begin_of(n, WIDTH: tl.constexpr, UNIT: tl.constexpr, PANEL: tl.constexpr):
+    """Where rows n of a matrix begin whose rows of WIDTH elements lie in panels, UNIT elements of each together; the row's next ones are
+    PANEL · UNIT further on."""
+    return n // PANEL * PANEL * WIDTH + n % PANEL * UNIT
+
+
+@triton.jit
+def word_of(begin, COUNT: tl.constexpr, PANEL: tl.constexpr):
+    """Where words of four bits for columns `begin` …, a multiple of 128, lie behind the beginning of their row: [COUNT]."""
+    i = tl.arange(0, COUNT)
+    return (begin // 128 + i // 16) * (16 * PANEL) + i % 16
 
 
 @dataclass(frozen=True)
@@ -109,6 +129,6 @@ class Product:
         all_of_them = {
             "N": self.width, "K": self.k, "WORDS": self.weights.words(self.k), "BITS": self.weights.bits, "GROUP": self.weights.group,
             "SCALES": scale[1] if len(scale) == 2 else 1, "SCALE_ROWS": self.weights.rows, "MIDDLE": self.weights.middle, "X_GROUP": self.x_group,
-            "ACT": self.act,
+            "ACT": self.act, "PANEL": self.weights.panel(self.width),
         }  # fmt: skip
         return {name: value for name, value in all_of_them.items() if name not in left_out}

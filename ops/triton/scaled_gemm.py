@@ -119,7 +119,7 @@ def scaled_gemms(product: Product, gate: str | None = None) -> list[Candidate]:
     """x is rounded in a launch of its own, which does what stands before the product too: a norm, or the unit `gate`."""
     first, scratch = rounded(product, gate)
     operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
-    constants = product.constants("WORDS", "BITS", "MIDDLE") | {"X_SCALES": scratch[1].shape[1]}
+    constants = product.constants("WORDS", "BITS", "MIDDLE", "PANEL") | {"X_SCALES": scratch[1].shape[1]}
     functions = [scaled_gemm_kernel, multiply_codes]
     return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in tiles(product, TILES)]
 

@@ -13,7 +13,7 @@ from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes
 from .prefetch import prefetch_rows
 from .product_tile import finish_tile, tile_at
 from .quantized_gemm import Tile, Tiles, gemm, tiles
-from .quantized_product import Product
+from .quantized_product import Product, begin_of, word_of
 
 TILES = Tiles(
     few=(Tile(128, 16, 128, 8, 3), Tile(64, 16, 128, 4, 6), Tile(256, 16, 128, 8, 4), Tile(64, 16, 128, 4, 3)),
@@ -27,14 +27,15 @@ TILES = Tiles(
 
 @triton.jit
 def widen_tile(row, zero, scale, magic, begin, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_K: tl.constexpr,
-               EVEN: tl.constexpr, WARPS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+               EVEN: tl.constexpr, WARPS: tl.constexpr, PANEL: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """Columns `begin` … of the weight's rows at pointers row [N], in `dtype`."""
     PER_WORD: tl.constexpr = 8 if BITS == 4 else 1
     j = begin // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
+    at = row[:, None] + (word_of(begin, BLOCK_K // PER_WORD, PANEL) if BITS == 4 else j)[None, :]
     if EVEN:
-        codes = tl.load(row[:, None] + j[None, :])
+        codes = tl.load(at)
     else:
-        codes = tl.load(row[:, None] + j[None, :], mask=(j < WORDS)[None, :], other=0.0)
+        codes = tl.load(at, mask=(j < WORDS)[None, :], other=0.0)
     if BITS == 4:
         return widen_nibbles(codes, zero, scale, magic, dtype, MIDDLE, WARPS)
     else:
@@ -45,7 +46,8 @@ def widen_tile(row, zero, scale, magic, begin, K: tl.constexpr, WORDS: tl.conste
 def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr,
                             WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr,
                             MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr,
-                            SPLIT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                            SPLIT: tl.constexpr, ACT: tl.constexpr, PANEL: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
+                            PDL: tl.constexpr):  # fmt: skip
     """Scales and zeros of a group are asked for while the group before is multiplied."""
     dtype: tl.constexpr = x.dtype.element_ty
     WARPS: tl.constexpr = THREADS // 32
@@ -59,32 +61,34 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
     held = tl.minimum(first_n + (register_rows(BLOCK_N, WARPS) if BITS == 4 else tl.arange(0, BLOCK_N)), N - 1).to(tl.int64)
     depth: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
     start = tl.program_id(2) * depth
-    row = weight + held * WORDS
+    row = weight + begin_of(held, WORDS, 16, PANEL)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            prefetch_rows(row + start * WORDS // K, BLOCK_N, PREFETCH, THREADS)
+            panels = tl.minimum(first_n + tl.arange(0, BLOCK_N // PANEL) * PANEL, N - PANEL).to(tl.int64)
+            ahead = weight + panels * WORDS + start * WORDS // K * PANEL
+            prefetch_rows(ahead, BLOCK_N // PANEL, PREFETCH * PANEL, THREADS)
             if ACT is not None:
-                prefetch_rows(row + N * WORDS + start * WORDS // K, BLOCK_N, PREFETCH, THREADS)
+                prefetch_rows(ahead + N * WORDS, BLOCK_N // PANEL, PREFETCH * PANEL, THREADS)
     k = tl.arange(0, BLOCK_K)
     x_row = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * K + k[:, None]
     valid = (m < num_rows)[None, :]
     scaled = held if FOLD else tl.minimum(n, N - 1).to(tl.int64)
-    scale_row = scale + scaled // SCALE_ROWS * SCALES
-    up_scale_row = scale + (scaled + N) // SCALE_ROWS * SCALES
+    scale_row = scale + begin_of(scaled // SCALE_ROWS, SCALES, 1, PANEL)
+    up_scale_row = scale + begin_of((scaled + N) // SCALE_ROWS, SCALES, 1, PANEL)
     s = None
     t = None
     z = None
     y = None
     if GROUP > 0:
-        s = runs_of(scale_row, start, EACH, SCALES, RUNS)
+        s = runs_of(scale_row, start, EACH, SCALES, RUNS, PANEL)
         if ACT is not None:
-            t = runs_of(up_scale_row, start, EACH, SCALES, RUNS)
+            t = runs_of(up_scale_row, start, EACH, SCALES, RUNS, PANEL)
     if zero is not None:
-        zero_row = zero + held * SCALES
-        z = runs_of(zero_row, start, EACH, SCALES, RUNS).to(dtype)
+        zero_row = zero + begin_of(held, SCALES, 1, PANEL)
+        z = runs_of(zero_row, start, EACH, SCALES, RUNS, PANEL).to(dtype)
         if ACT is not None:
-            y = runs_of(zero_row + N * SCALES, start, EACH, SCALES, RUNS).to(dtype)
+            y = runs_of(zero_row + N * SCALES, start, EACH, SCALES, RUNS, PANEL).to(dtype)
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -94,25 +98,25 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
             h = tl.load(x_row + begin, mask=valid, other=0.0)
         else:
             h = tl.load(x_row + begin, mask=(begin + k < K)[:, None] & valid, other=0.0)
-        w = widen_tile(row, z, s.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, dtype)
+        w = widen_tile(row, z, s.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, PANEL, dtype)
         if GROUP > 0 and not FOLD:
             acc += tl.dot(w, h) * s.to(tl.float32)
         else:
             acc = tl.dot(w, h, acc)
         if ACT is not None:
-            v = widen_tile(row + N * WORDS, y, t.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, dtype)
+            v = widen_tile(row + N * WORDS, y, t.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, PANEL, dtype)
             if GROUP > 0 and not FOLD:
                 up += tl.dot(v, h) * t.to(tl.float32)
             else:
                 up = tl.dot(v, h, up)
         if GROUP > 0:
-            s = runs_of(scale_row, begin + BLOCK_K, EACH, SCALES, RUNS)
+            s = runs_of(scale_row, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL)
             if ACT is not None:
-                t = runs_of(up_scale_row, begin + BLOCK_K, EACH, SCALES, RUNS)
+                t = runs_of(up_scale_row, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL)
             if zero is not None:
-                z = runs_of(zero_row, begin + BLOCK_K, EACH, SCALES, RUNS).to(dtype)
+                z = runs_of(zero_row, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL).to(dtype)
                 if ACT is not None:
-                    y = runs_of(zero_row + N * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS).to(dtype)
+                    y = runs_of(zero_row + N * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL).to(dtype)
     if GROUP == 0:
         acc *= tl.load(scale_row).to(tl.float32)[:, None]
         if ACT is not None:
@@ -122,5 +126,5 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
 
 def weight_only_gemms(product: Product) -> list[Candidate]:
     operands = {n: Operand(arg=n) for n in ("x", "weight", "scale", "zero")} | {"magic": Operand(const=MAGIC[product.x.dtype])}
-    functions = [weight_only_gemm_kernel, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
+    functions = [weight_only_gemm_kernel, begin_of, word_of, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
     return [gemm(product, functions, operands, product.constants("X_GROUP"), t) for t in tiles(product, TILES)]
