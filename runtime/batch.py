@@ -219,7 +219,7 @@ def _pack_rows(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray) -
     R, tokens = batch.size.num_rows, step.sampled(ends) - 1
     records = cache.rows.sampling_words.take(step.sampled(step.rows), 0)
     records[:, STEP] = step.sampled(step.num_tokens - step.num_prompt)
-    if step.any_flag(Rows.RULED):
+    if step.any_flags & Rows.RULED:
         sequences = [step.sequences[i] for i in np.flatnonzero(step.samples).tolist()]
         batch.edits = LogitEdits.pack(zip(range(len(sequences)), sequences, records[:, STEP].tolist(), strict=True))
     if step.prompt_rows:

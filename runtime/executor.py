@@ -90,12 +90,13 @@ class Executor:
         self._fixed: dict[str, torch.Tensor] = {}
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
         self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
-        self._variant_of: OrderedDict[tuple[int, int, int], Variant] = OrderedDict()
+        self._places: OrderedDict[tuple[int, int, int], tuple[Variant, StepSize]] = OrderedDict()
         self._capture(progress)
 
     def batch(self, size: StepSize) -> StepBatch:
         """A batch for the next step, of the size that its variant runs at."""
-        return self._staging.batch(size, padded(size, self._variant(size)) if self._pads else size)
+        _, at = self._place(size)
+        return self._staging.batch(size, at._replace(longest=size.longest))
 
     def launch(self, batch: StepBatch) -> LaunchedStep:
         """Enqueue the batch's step, sampling, and the copy of the samples to the host."""
@@ -120,7 +121,7 @@ class Executor:
     def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits at every row, those of padding too, and the tokens where a graph chose them."""
         assert batch.layout == self.layout, "the cache and the executor disagree about page tables"
-        variant = self._variant(batch.size)
+        variant, _ = self._place(batch.size)
         captured = self._captured.get((variant.name, batch.padded.num_tokens))
         rest = self._bind(variant, batch.padded, 0 if captured is None else captured.num_entries)
         self._copy(batch.copies)
@@ -140,15 +141,17 @@ class Executor:
                 content = state.view(torch.uint8)  # whatever its type is
                 content.index_copy_(0, target, content[source])
 
-    def _variant(self, size: StepSize) -> Variant:
-        tokens, seqs, rows, _ = size
-        if (tokens, seqs, rows) not in self._variant_of:
-            self._variant_of[tokens, seqs, rows] = self._find(size)
-            if len(self._variant_of) > BOUND_PLANS:
-                self._variant_of.popitem(last=False)
-        return self._variant_of[tokens, seqs, rows]
+    def _place(self, size: StepSize) -> tuple[Variant, StepSize]:
+        """The variant of a step, and the size that it is padded to."""
+        key = size[:3]
+        if key not in self._places:
+            variant = self._variant(size)
+            self._places[key] = variant, padded(size, variant) if self._pads else size
+            if len(self._places) > BOUND_PLANS:
+                self._places.popitem(last=False)
+        return self._places[key]
 
-    def _find(self, size: StepSize) -> Variant:
+    def _variant(self, size: StepSize) -> Variant:
         decode = size.num_tokens == size.num_seqs
         for v in self._variants:
             if v.decodes and not decode:

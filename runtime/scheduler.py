@@ -60,8 +60,10 @@ class Step:
         """Of `values` [S], those of the sequences that sample."""
         return values if self.num_sampled == len(values) else values[self.samples]
 
-    def any_flag(self, flag: int) -> bool:
-        return bool(np.count_nonzero(self.flags & flag))
+    @cached_property
+    def any_flags(self) -> int:
+        """Those that some sequence has."""
+        return int(np.bitwise_or.reduce(self.flags))
 
 
 @dataclass
@@ -242,7 +244,7 @@ class Scheduler:
         pending = np.where(sampled_in >= self.num_collected, sampled_row, -1)
         samples = num_computed + num_new == num_tokens
         step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, total, num_prompt, flags, pending, samples, [])
-        if step.any_flag(Rows.SCORES):
+        if step.any_flags & Rows.SCORES:
             scoring = np.flatnonzero(flags & Rows.SCORES).tolist()
             step.prompt_rows.extend((sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring)
         return step
@@ -296,8 +298,8 @@ class Scheduler:
         state.num_computed[step.rows] = step.lengths
         state.launched_in[step.rows] = state.sampled_in[sampled] = step.number
         state.sampled_row[sampled] = np.arange(len(sampled))
-        state.num_tokens[sampled] += 1
-        if step.any_flag(Rows.CHOSEN):  # theirs is not known, nor on the device
+        state.num_tokens[sampled] = step.sampled(step.num_tokens) + 1
+        if step.any_flags & Rows.CHOSEN:  # theirs is not known, nor on the device
             chosen = sampled[step.sampled(step.flags) & Rows.CHOSEN != 0]
             state.sampled_in[chosen] = -1
             state.num_tokens[chosen] -= 1

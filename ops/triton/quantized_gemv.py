@@ -20,7 +20,7 @@ from .source import launch, power_of_two
 
 SIXTEEN = 0x41800000
 """The bits of 16 in float32. Kernels get them at run time: see `dequantize.MAGIC`."""
-TILES = ((8, 4096, 8), (16, 4096, 8), (8, 4096, 4), (8, 2048, 4))
+TILES = ((8, 4096, 8), (16, 4096, 8), (16, 4096, 4), (8, 4096, 4), (8, 2048, 4))
 """Rows of the weight, columns, warps: best first. More rows share what it costs to make the row of x ready, fewer make more programs."""
 
 AHEAD = 96 << 10
