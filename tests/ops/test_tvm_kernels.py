@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -310,24 +311,37 @@ for define in (_linears, _quantized, _experts, _quantized_experts, _routes, _nor
 EXAMPLES = [(isa, *example) for isa in TARGETS for examples in CASES.values() for example in examples if isa != "avx512vl" or "bfloat16" in repr(example)]
 
 
+def for_nightly(isa: str, call: Call) -> bool:
+    """Whether a richer instruction set has no instructions of its own for a call, but wider vectors; or it has them, and a still richer one is here."""
+    least, *_, richest = [*TARGETS] * 2
+    if isa == least:
+        return False
+    return isa != richest or ("bfloat16" not in repr(call) and not call.op.startswith("quantized"))
+
+
 def candidate_of(isa: str, steps: Steps, call: Call) -> Candidate:
     return next(c for claim in CLAIMS[call.op, "tvm"] for c in claim(call, steps, TARGETS[isa]))
 
 
+Kernels = Callable[..., dict[str, SharedObject]]
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], SharedObject]:
-    """Every example's kernel by (isa, source text); compiled together, since a compiler process takes seconds to start."""
-    loaded = {}
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Of an instruction set every example's kernel by source text, those for nightly apart; compiled together: a compiler process takes seconds to start."""
     base = tmp_path_factory.getbasetemp()
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    for isa, target in TARGETS.items():
-        sources = list(dict.fromkeys(launch.source for i, s, c in EXAMPLES if i == isa for launch in candidate_of(i, s, c).launches))
+
+    @functools.cache
+    def of(isa: str, nightly: bool = False) -> dict[str, SharedObject]:
+        chosen = [(s, c) for i, s, c in EXAMPLES if i == isa and for_nightly(isa, c) == nightly]
+        sources = list(dict.fromkeys(launch.source for s, c in chosen for launch in candidate_of(isa, s, c).launches))
         with open(folder / "tvm_kernels.lock", "w") as lock:  # parallel test processes share what the first compiles
             fcntl.flock(lock, fcntl.LOCK_EX)
-            paths = compile_sources(sources, target, folder / "tvm_kernels", jobs=2)
-        for source, path in zip(sources, paths, strict=True):
-            loaded[isa, source.text] = load(Kernel(path.stem, source.family, "tvm", source.symbol, path.name, ""), path)
-    return loaded
+            paths = compile_sources(sources, TARGETS[isa], folder / "tvm_kernels", jobs=2)
+        return {s.text: load(Kernel(p.stem, s.family, "tvm", s.symbol, p.name, ""), p) for s, p in zip(sources, paths, strict=True)}
+
+    return of
 
 
 def runs(steps: Steps, call: Call) -> Iterator[dict[str, Any]]:
@@ -408,8 +422,10 @@ def garbage(dtype: torch.dtype) -> float:
     return float("nan") if dtype.is_floating_point else 99
 
 
-@pytest.mark.parametrize(("isa", "steps", "call"), EXAMPLES, ids=[f"{i}-{c.op}-{n}" for n, (i, _, c) in enumerate(EXAMPLES)])
-def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels: dict[tuple[str, str], SharedObject],
+@pytest.mark.parametrize(("isa", "steps", "call"), [
+    pytest.param(i, s, c, id=f"{i}-{c.op}-{n}", marks=[pytest.mark.nightly] if for_nightly(i, c) else []) for n, (i, s, c) in enumerate(EXAMPLES)
+])  # fmt: skip
+def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels: Kernels,
                                      let_go: Callable[[Call, dict[str, Any]], dict[str, Any]]) -> None:  # fmt: skip
     torch.manual_seed(len(repr(call)))
     op, candidate = OPS[call.op], candidate_of(isa, steps, call)
@@ -431,7 +447,7 @@ def test_kernel_equals_its_reference(isa: str, steps: Steps, call: Call, kernels
             return tensor if o.view is None else tensor.view(o.view)
 
         for launch in candidate.launches:
-            kernels[isa, launch.source.text].bind([operand(o) for o in launch.operands])()
+            kernels(isa, for_nightly(isa, call))[launch.source.text].bind([operand(o) for o in launch.operands])()
         for actual, wanted in [*zip(outputs, expected, strict=True), *((values[n], exact[n]) for n in states)]:
             assert_close(actual, wanted)
 
@@ -459,12 +475,12 @@ def test_deterministic_steps_share_no_pages(op: str) -> None:
 
 
 @pytest.mark.parametrize("isa", [t for t in TARGETS if t != "avx512vl"])
-def test_large_values_saturate_and_nan_stays_nan(isa: str, kernels: dict[tuple[str, str], SharedObject]) -> None:
+def test_large_values_saturate_and_nan_stays_nan(isa: str, kernels: Kernels) -> None:
     steps, call = CASES["glu"][0]  # silu, float32
     candidate = candidate_of(isa, steps, call)
     gate_up = torch.ones(1, call.args["gate_up"].shape[1])
     gate_up[0, :4] = torch.tensor([float("nan"), 200.0, -200.0, -88.5])
     out = torch.empty(1, gate_up.shape[1] // 2)
-    kernels[isa, candidate.launches[0].source.text].bind([gate_up, out])()
+    kernels(isa, for_nightly(isa, call))[candidate.launches[0].source.text].bind([gate_up, out])()
     assert out[0, 0].isnan()
     torch.testing.assert_close(out[0, 1:], OPS["glu"].reference(gate_up, "silu")[0, 1:], atol=1e-30, rtol=1e-5)
