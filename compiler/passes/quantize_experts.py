@@ -27,7 +27,7 @@ def quantize_experts(graph: Graph, target: Target) -> Graph:
         if first is None or second is None or first.format != second.format or not (_fits(first, w_in, pieces, target) and _fits(second, w_out, 1, target)):
             continue
         form = formats.get(first.format)
-        layout = form.layout(target)
+        layout = form.layout(target, experts=True)
         into, out = _parts(graph, w_in, first, layout, pieces), _parts(graph, w_out, second, layout, 1)
         with graph.fx.inserting_before(node):
             how = (first.format, layout, form.activation(target), second.k)

@@ -40,8 +40,8 @@ class Format(ABC):
         """How kernels of a target want rows of x rounded (`ops.quantized.ACTIVATIONS`), where a checkpoint asks for weights alone."""
 
     @abstractmethod
-    def layout(self, target: Target) -> str:
-        """The layout that kernels of a target read."""
+    def layout(self, target: Target, experts: bool = False) -> str:
+        """The layout that kernels of a target read, those of experts apart."""
 
     @abstractmethod
     def pack(self, parts: Parts, layout: str) -> Parts:

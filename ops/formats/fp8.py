@@ -47,7 +47,7 @@ class Fp8(Format):
     def activation(self, target: Target) -> str:
         return "none"
 
-    def layout(self, target: Target) -> str:
+    def layout(self, target: Target, experts: bool = False) -> str:
         return "rows"
 
     def pack(self, parts: Parts, layout: str) -> Parts:

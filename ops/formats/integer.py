@@ -33,10 +33,11 @@ class Integer(Format):
 
     Layout "rows" (GPU, 8 bits): weight int8 [N, K], code − 128. scale, zero [N, G].
 
-    Layout "panels" (GPU, 4 bits): weight int32 [N, 16 ⌈K/128⌉]. Bits 4 q + 16 h … of word 16 c + 4 t + j (q, t, j < 4, h < 2) of a row are column
-    128 c + 32 j + 8 q + 2 t + h: what thread t of four holds of a row when the matrix units take it from registers (PTX ISA, "Matrix fragments for
-    mma.m16n8k16"), a pair of neighbours in the two halves of a word, so that a mask and an exponent make two floats of it. The rows of a panel
-    (`panel_rows`) lie together: 16 words of each, then the next 16, so that memory is read a KiB at a time. So do scale, zero [N, G]: one of each.
+    Layouts "panels" and, of experts, "fragments" (GPU, 4 bits): weight int32 [N, 16 ⌈K/128⌉], scale, zero [N, G]. Bits 4 q + 16 h … of word
+    16 c + 4 t + j (q, t, j < 4, h < 2) of a row are column 128 c + 32 j + 8 q + 2 t + h: what thread t of four holds of a row when the matrix units take
+    it from registers (PTX ISA, "Matrix fragments for mma.m16n8k16"), a pair of neighbours in the two halves of a word, so that a mask and an exponent
+    make two floats of it. In "panels" some rows (`panel_rows`) lie together: 16 words of each, then the next 16, so that memory is read a KiB at a
+    time; of scale and zero one of each.
     """
 
     def __init__(self, bits: int, group: int, zero: bool) -> None:
@@ -74,9 +75,9 @@ class Integer(Format):
     def activation(self, target: Target) -> str:
         return "none" if target.kind == "cuda" else f"int8_group{128 if self.group < 0 else self.group}"
 
-    def layout(self, target: Target) -> str:
+    def layout(self, target: Target, experts: bool = False) -> str:
         if target.kind == "cuda":
-            return "rows" if self.bits == 8 else "panels"
+            return "rows" if self.bits == 8 else "fragments" if experts else "panels"
         return "tile16"
 
     def pack(self, parts: Parts, layout: str) -> Parts:
@@ -84,10 +85,11 @@ class Integer(Format):
         scales = {name: parts[name] for name in self.parts[1:]}
         if layout == "rows":
             return {"weight": (codes ^ 128).view(torch.int8), **scales}
-        if layout == "panels":
+        if layout in ("panels", "fragments"):
+            rows = panel_rows(len(codes)) if layout == "panels" else 1
             nibbles = F.pad(codes, (0, -codes.shape[1] % 128)).unflatten(1, (-1, 4, 4, 4, 2)).to(torch.int32)  # c, j, q, t, h
             words = (nibbles << _shifts(codes.device)).sum((3, 5), dtype=torch.int32)  # c, j, t
-            return {"weight": _in_panels(words.transpose(2, 3).flatten(1), 16), **{name: _in_panels(s, 1) for name, s in scales.items()}}
+            return {"weight": _in_panels(words.transpose(2, 3).flatten(1), rows, 16), **{name: _in_panels(s, rows, 1) for name, s in scales.items()}}
         n, k = codes.shape
         per_byte = 8 // self.bits
         codes = F.pad(codes, (0, -k % (4 * per_byte), 0, -n % TILE)).reshape(-1, TILE, -(-k // (4 * per_byte)), per_byte, 4).permute(0, 2, 1, 3, 4)
@@ -102,10 +104,11 @@ class Integer(Format):
         scales = {name: parts[name] for name in self.parts[1:]}
         if layout == "rows":
             return {"weight": weight.view(torch.uint8) ^ 128, **scales}
-        if layout == "panels":
-            words = _in_rows(weight, 16).unflatten(1, (-1, 4, 4)).transpose(2, 3)[:, :, :, None, :, None]
+        if layout in ("panels", "fragments"):
+            rows = panel_rows(n) if layout == "panels" else 1
+            words = _in_rows(weight, rows, 16).unflatten(1, (-1, 4, 4)).transpose(2, 3)[:, :, :, None, :, None]
             codes = ((words >> _shifts(weight.device)) & 15).to(torch.uint8).flatten(1)[:, :k]
-            return {"weight": codes, **{name: _in_rows(s, 1) for name, s in scales.items()}}
+            return {"weight": codes, **{name: _in_rows(s, rows, 1) for name, s in scales.items()}}
         codes = torch.stack([weight & 15, weight >> 4], 3) if self.bits == 4 else weight.unsqueeze(3)
         codes = codes.permute(0, 2, 1, 3, 4).reshape(weight.shape[0] * TILE, -1)[:n, :k]
         return {"weight": codes, **{name: s.transpose(1, 2).reshape(-1, s.shape[1])[:n] for name, s in scales.items()}}
@@ -118,20 +121,20 @@ class Integer(Format):
 
 
 def _shifts(device: torch.device) -> torch.Tensor:
-    """Where nibbles lie in a word of layout "panels": [q, t, h]."""
+    """Where nibbles lie in a word for a GPU: [q, t, h]."""
     return torch.tensor([[[4 * q, 4 * q + 16]] for q in range(4)], dtype=torch.int32, device=device)
 
 
-def _in_panels(values: torch.Tensor, unit: int) -> torch.Tensor:
-    """Rows [N, I · unit], `unit` elements of each row of a panel together."""
+def _in_panels(values: torch.Tensor, rows: int, unit: int) -> torch.Tensor:
+    """Values [N, I · unit], `unit` of each of so many rows together."""
     n, width = values.shape
-    return values.reshape(-1, panel_rows(n), width // unit, unit).transpose(1, 2).reshape(n, width)
+    return values.reshape(-1, rows, width // unit, unit).transpose(1, 2).reshape(n, width)
 
 
-def _in_rows(values: torch.Tensor, unit: int) -> torch.Tensor:
+def _in_rows(values: torch.Tensor, rows: int, unit: int) -> torch.Tensor:
     """What `_in_panels` did, undone."""
     n, width = values.shape
-    return values.reshape(-1, width // unit, panel_rows(n), unit).transpose(1, 2).reshape(n, width)
+    return values.reshape(-1, width // unit, rows, unit).transpose(1, 2).reshape(n, width)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

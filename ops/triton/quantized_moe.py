@@ -1,6 +1,7 @@
 """Mixtures of experts with quantized weights: the products of `moe.py`, with matrices that are widened in registers.
 
-Codes are read as products with one matrix read them: by `quantized_gemv` where pairs are few, else by `weight_only_gemm`. Symmetric ones of
+Codes are read as products with one matrix read them: by `quantized_gemv` where pairs are few, else by `weight_only_gemm`; a row of them lies alone
+(a panel of 1), because here a program of the former reads few rows. Symmetric ones of
 eight bits are also what the products of floats read, with a scale beside them, and the only way where several rows share a scale.
 """
 
@@ -23,7 +24,7 @@ from .quantize import row_scale
 from .quantized_gemm import Tile, fitting
 from .quantized_gemv import SIXTEEN, as_codes, codes_of, columns_of, nibble, product_of, product_of_bytes, product_of_words, rounded_row
 from .quantized_gemv import TILES as GEMV_TILES
-from .quantized_product import CHUNK, Weights, begin_of, word_of
+from .quantized_product import CHUNK, Weights, word_of
 from .source import FLOATS, power_of_two, supported
 from .weight_only_gemm import TILES, widen_tile
 
@@ -33,18 +34,18 @@ AT_ONCE = 16
 
 @triton.jit
 def row_product(x, weight, w_scale, zero, row, sixteen, K: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
-                MIDDLE: tl.constexpr, BLOCK_K: tl.constexpr, PANEL: tl.constexpr):  # fmt: skip
+                MIDDLE: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Rows `row` [N] of the weight times the row x [K] → [N]."""
-    words = (weight + begin_of(row, WORDS, 16, PANEL))[:, None]
-    scale_row = (w_scale + begin_of(row, SCALES, 1, PANEL))[:, None]
+    words = (weight + row * WORDS)[:, None]
+    scale_row = (w_scale + row * SCALES)[:, None]
     zero_row = None
     if zero is not None:
-        zero_row = (zero + begin_of(row, SCALES, 1, PANEL))[:, None]
-    w = codes_of(words, 0, WORDS, BITS, BLOCK_K, PANEL)
-    acc = product_of(w, sixteen, scale_row, zero_row, x, None, 0, 0.0, K, BITS, GROUP, SCALES, MIDDLE, None, 0, None, 0.0, PANEL)
+        zero_row = (zero + row * SCALES)[:, None]
+    w = codes_of(words, 0, WORDS, BITS, BLOCK_K, 1)
+    acc = product_of(w, sixteen, scale_row, zero_row, x, None, 0, 0.0, K, BITS, GROUP, SCALES, MIDDLE, None, 0, None, 0.0, 1)
     for begin in tl.range(BLOCK_K, K, BLOCK_K, num_stages=1):
-        w = codes_of(words, begin, WORDS, BITS, BLOCK_K, PANEL)
-        acc += product_of(w, sixteen, scale_row, zero_row, x, None, begin, 0.0, K, BITS, GROUP, SCALES, MIDDLE, None, 0, None, 0.0, PANEL)
+        w = codes_of(words, begin, WORDS, BITS, BLOCK_K, 1)
+        acc += product_of(w, sixteen, scale_row, zero_row, x, None, begin, 0.0, K, BITS, GROUP, SCALES, MIDDLE, None, 0, None, 0.0, 1)
     h = tl.sum(acc, 1)
     if GROUP == 0:
         h *= tl.load(w_scale + row).to(tl.float32)
@@ -54,8 +55,8 @@ def row_product(x, weight, w_scale, zero, row, sixteen, K: tl.constexpr, WORDS: 
 @triton.jit
 def experts_gemv_kernel(x, ids, weight, w_scale, zero, bias, scale, out, sixteen, X: tl.constexpr, SHARED: tl.constexpr, SUM: tl.constexpr, N: tl.constexpr,
                         K: tl.constexpr, WIDTH: tl.constexpr, UP: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-                        SCALES: tl.constexpr, MIDDLE: tl.constexpr, PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                        ACT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                        SCALES: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
     """`moe.grouped_gemv_kernel` with matrices [WIDTH, K] whose rows have WORDS elements of memory."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -74,12 +75,12 @@ def experts_gemv_kernel(x, ids, weight, w_scale, zero, bias, scale, out, sixteen
             factor *= tl.load(scale + pair).to(tl.float32)
         at = tl.where(known, expert, 0).to(tl.int64) * WIDTH + inside
         token = x + (pair // SHARED).to(tl.int64) * K
-        y = row_product(token, weight, w_scale, zero, at, sixteen, K, WORDS, BITS, GROUP, SCALES, MIDDLE, BLOCK_K, PANEL)
+        y = row_product(token, weight, w_scale, zero, at, sixteen, K, WORDS, BITS, GROUP, SCALES, MIDDLE, BLOCK_K)
         if bias is not None:
             y += tl.load(bias + at).to(tl.float32)
         h += y * factor
         if UP > 0:
-            v = row_product(token, weight, w_scale, zero, at + UP, sixteen, K, WORDS, BITS, GROUP, SCALES, MIDDLE, BLOCK_K, PANEL)
+            v = row_product(token, weight, w_scale, zero, at + UP, sixteen, K, WORDS, BITS, GROUP, SCALES, MIDDLE, BLOCK_K)
             if bias is not None:
                 v += tl.load(bias + at + UP).to(tl.float32)
             u += v * factor
@@ -93,9 +94,8 @@ def experts_gemv_kernel(x, ids, weight, w_scale, zero, bias, scale, out, sixteen
 @triton.jit
 def experts_gemm_kernel(x, order, experts, weight, w_scale, zero, magic, bias, scale, out, num_pairs, depth, X: tl.constexpr, SHARED: tl.constexpr,
                         N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, UP: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
-                        GROUP: tl.constexpr, SCALES: tl.constexpr, MIDDLE: tl.constexpr, PANEL: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr,
-                        PDL: tl.constexpr):  # fmt: skip
+                        GROUP: tl.constexpr, SCALES: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                        BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """`moe.grouped_gemm_kernel` with tiles weight · xᵀ, as `weight_only_gemm` has them."""
     dtype: tl.constexpr = x.dtype.element_ty
     WARPS: tl.constexpr = THREADS // 32
@@ -118,21 +118,21 @@ def experts_gemm_kernel(x, order, experts, weight, w_scale, zero, magic, bias, s
     plain = first + tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     x_row = x + (tl.minimum(pair, num_pairs - 1) // SHARED).to(tl.int64)[None, :] * K + k[:, None]
-    row = weight + begin_of(held, WORDS, 16, PANEL)
-    scale_row = w_scale + begin_of(held if FOLD else plain, SCALES, 1, PANEL)
+    row = weight + held * WORDS
+    scale_row = w_scale + (held if FOLD else plain) * SCALES
     s = None
     t = None
     z = None
     y = None
     if GROUP > 0:
-        s = runs_of(scale_row, 0, EACH, SCALES, RUNS, PANEL)
+        s = runs_of(scale_row, 0, EACH, SCALES, RUNS, 1)
         if UP > 0:
-            t = runs_of(scale_row + UP * SCALES, 0, EACH, SCALES, RUNS, PANEL)
+            t = runs_of(scale_row + UP * SCALES, 0, EACH, SCALES, RUNS, 1)
     if zero is not None:
-        zero_row = zero + begin_of(held, SCALES, 1, PANEL)
-        z = runs_of(zero_row, 0, EACH, SCALES, RUNS, PANEL).to(dtype)
+        zero_row = zero + held * SCALES
+        z = runs_of(zero_row, 0, EACH, SCALES, RUNS, 1).to(dtype)
         if UP > 0:
-            y = runs_of(zero_row + UP * SCALES, 0, EACH, SCALES, RUNS, PANEL).to(dtype)
+            y = runs_of(zero_row + UP * SCALES, 0, EACH, SCALES, RUNS, 1).to(dtype)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = acc
     for begin in range(0, tl.where(expert < X, depth, 0), BLOCK_K):
@@ -140,25 +140,25 @@ def experts_gemm_kernel(x, order, experts, weight, w_scale, zero, magic, bias, s
             h = tl.load(x_row + begin, mask=valid, other=0.0)
         else:
             h = tl.load(x_row + begin, mask=(begin + k < K)[:, None] & valid, other=0.0)
-        w = widen_tile(row, z, s.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, PANEL, dtype)
+        w = widen_tile(row, z, s.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, 1, dtype)
         if GROUP > 0 and not FOLD:
             acc += tl.dot(w, h) * s.to(tl.float32)
         else:
             acc = tl.dot(w, h, acc)
         if UP > 0:
-            v = widen_tile(row + UP * WORDS, y, t.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, PANEL, dtype)
+            v = widen_tile(row + UP * WORDS, y, t.to(dtype) if FOLD else None, magic, begin, K, WORDS, BITS, MIDDLE, BLOCK_K, EVEN, WARPS, 1, dtype)
             if GROUP > 0 and not FOLD:
                 up += tl.dot(v, h) * t.to(tl.float32)
             else:
                 up = tl.dot(v, h, up)
         if GROUP > 0:
-            s = runs_of(scale_row, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL)
+            s = runs_of(scale_row, begin + BLOCK_K, EACH, SCALES, RUNS, 1)
             if UP > 0:
-                t = runs_of(scale_row + UP * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL)
+                t = runs_of(scale_row + UP * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS, 1)
             if zero is not None:
-                z = runs_of(zero_row, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL).to(dtype)
+                z = runs_of(zero_row, begin + BLOCK_K, EACH, SCALES, RUNS, 1).to(dtype)
                 if UP > 0:
-                    y = runs_of(zero_row + UP * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL).to(dtype)
+                    y = runs_of(zero_row + UP * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS, 1).to(dtype)
     if GROUP == 0:
         acc *= tl.load(scale_row).to(tl.float32)[:, None]
         if UP > 0:
@@ -192,7 +192,7 @@ class WidenedProduct(ExpertsProduct):
         n = width // 2 if gated else width
         operands = {"x": x} | {p: Operand(arg=f"{a}_{side}") for p, a in (("weight", "w"), ("w_scale", "s"), ("zero", "z"), ("bias", "b"))}
         constants = {"X": experts, "SHARED": shared, "N": n, "K": k, "WIDTH": width, "UP": n if gated else 0, "WORDS": words, "BITS": weights.bits,
-                     "GROUP": weights.group, "SCALES": math.prod(groups), "MIDDLE": weights.middle, "PANEL": weights.panel(n), "ACT": act}  # fmt: skip
+                     "GROUP": weights.group, "SCALES": math.prod(groups), "MIDDLE": weights.middle, "ACT": act}  # fmt: skip
         if scale:
             operands["scale"] = Operand(arg=scale)
         else:
@@ -221,14 +221,14 @@ class WidenedProduct(ExpertsProduct):
 
     def gemv(self, rows: Dim, summed: int, block: tuple[int, int, int], out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
         sixteen = {"sixteen": Operand(const=SIXTEEN)} if self.weights.bits == 4 else {}
-        functions = [experts_gemv_kernel, row_product, product_of, product_of_words, product_of_bytes, codes_of, begin_of, word_of, columns_of, rounded_row,
-                     as_codes, nibble, row_scale, gated, activate, tanh]  # fmt: skip
+        functions = [experts_gemv_kernel, row_product, product_of, product_of_words, product_of_bytes, codes_of, word_of, columns_of, rounded_row, as_codes,
+                     nibble, row_scale, gated, activate, tanh]  # fmt: skip
         return self.of_pairs(functions, rows, summed, block, out, scratch, sixteen, {} if sixteen else {"sixteen": None})
 
     def gemm(self, tile: Tile, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...]) -> Launch:
         magic = {"magic": Operand(const=MAGIC[self.call.args["x"].dtype])}
-        functions = [experts_gemm_kernel, widen_tile, begin_of, word_of, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of, tile_at, gated,
-                     activate, tanh]  # fmt: skip
+        functions = [experts_gemm_kernel, widen_tile, word_of, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of, tile_at, gated, activate,
+                     tanh]  # fmt: skip
         return self.of_tiles(functions, tile, pairs, slots, order, out, scratch, magic, {"THREADS": 32 * tile.warps})
 
 

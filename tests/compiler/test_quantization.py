@@ -227,7 +227,7 @@ def test_experts_in_4_bits_compute_the_model(tmp_path: Path) -> None:
     checkpoint, config, model = gptq_experts(tmp_path)
     graph = trace(config, dtype=torch.float32, page_size=oracle.PAGE_SIZE)
     graph.weights = bind(graph, checkpoint, config)
-    for target, layout in ((CUDA, "panels"), (CPU, "tile16")):
+    for target, layout in ((CUDA, "fragments"), (CPU, "tile16")):
         lowered, _ = lower(graph, target)
         assert dequantized(lowered) == {}
         [mixture] = [n for n in lowered.fx.nodes if (spec := op_of(n)) is not None and spec.name == "quantized_moe"]

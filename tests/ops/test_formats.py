@@ -10,7 +10,7 @@ from ingot.ops.glu import glu
 from ingot.ops.target import Target
 
 CPU, CUDA = Target("cpu", "x86-64:avx2+fma", ""), Target("cuda", "sm_90", "")
-SHAPES = [(16, 128), (37, 75), (5, 300), (130, 257)]
+SHAPES = [(16, 128), (48, 300), (37, 75), (5, 300), (130, 257)]
 STEPS = {"int4": 15, "int8": 255}
 """How many steps lie between the ends of an integer format's range."""
 
@@ -44,14 +44,15 @@ def test_rounding_is_to_nearest(name: str, shape: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("experts", [False, True], ids=["linear", "experts"])
 @pytest.mark.parametrize("target", [CPU, CUDA], ids=["cpu", "cuda"])
-def test_a_layout_loses_nothing(name: str, shape: tuple[int, int], target: Target) -> None:
+def test_a_layout_loses_nothing(name: str, shape: tuple[int, int], target: Target, experts: bool) -> None:
     form = get(name)
-    parts = form.quantize(weight(*shape))
-    packed = form.pack(parts, form.layout(target))
-    meta = form.pack(form.quantize(torch.empty(shape, device="meta")), form.layout(target))
+    parts, layout = form.quantize(weight(*shape)), form.layout(target, experts)
+    packed = form.pack(parts, layout)
+    meta = form.pack(form.quantize(torch.empty(shape, device="meta")), layout)
     assert {n: (p.shape, p.dtype) for n, p in packed.items()} == {n: (p.shape, p.dtype) for n, p in meta.items()}
-    back = form.unpack(packed, form.layout(target), *shape)
+    back = form.unpack(packed, layout, *shape)
     assert all(torch.equal(back[n].float(), parts[n].float()) for n in form.parts)
 
 

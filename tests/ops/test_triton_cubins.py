@@ -52,7 +52,7 @@ def recurrences(dtype):
 
 def experts(form, x, count, active, hidden, inner):
     """A mixture of gated experts in a format."""
-    layout = formats.get(form).layout(Target("cuda", "sm_90", ""))
+    layout = formats.get(form).layout(Target("cuda", "sm_90", ""), experts=True)
     args = {"x": x, "expert_ids": Tensor(torch.int64, (T, active)), "expert_weights": Tensor(F32, (T, active))}
     for side, n, k in (("in", 2 * inner, hidden), ("out", hidden, inner)):
         plain = formats.get(form).quantize(torch.empty(n, k, dtype=BF16, device="meta"))

@@ -522,7 +522,7 @@ def quantized_linear_cases():
         ("fp8_e4m3_channel", "fp8_e4m3_token", 1, 72, 330, {"norm": True}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 5, 72, 330, {"norm": True}),
         ("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 96, {"norm": False}),
-        ("int4_group128", "none", 1, 72, 330, {"norm": True, "act": "silu"}),
+        ("int4_group128", "none", 1, 96, 330, {"norm": True, "act": "silu"}),
         ("int4_group128", "none", 5, 72, 330, {"norm": False}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 150, 80, 208, {"act": "silu"}),
         ("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 96, {"act": "silu"}),
@@ -537,17 +537,17 @@ def quantized_linear_cases():
         ("int8_channel", "int8_token", 70, 72, 330, {"act": "gelu"}),
         ("int8_group32_zero", "none", 1, 40, 330, {}),
         ("int8_group32_zero", "none", 5, 40, 330, {}),
-        ("int4_group128", "none", 1, 72, 330, {"residual": True}),
-        ("int4_group128", "none", 5, 72, 330, {"bias": True, "residual": True}),
-        ("int4_group128", "none", 150, 80, 200, {"act": "silu"}),
-        ("int4_group32_zero", "none", 1, 72, 330, {"act": "silu"}),
+        ("int4_group128", "none", 1, 80, 330, {"residual": True}),
+        ("int4_group128", "none", 5, 80, 330, {"bias": True, "residual": True}),
+        ("int4_group128", "none", 150, 96, 200, {"act": "silu"}),
+        ("int4_group32_zero", "none", 1, 96, 330, {"act": "silu"}),
         ("int4_group32_zero", "none", 40, 40, 330, {}),
-        ("int4_group32_zero", "none", 70, 40, 330, {"bias": True}),
+        ("int4_group32_zero", "none", 70, 48, 330, {"bias": True}),
         ("int8_group64_zero", "none", 70, 40, 330, {"residual": True}),
         ("fp8_e4m3_block128", "none", 70, 140, 330, {}),
         ("int4_channel", "none", 1, 24, 330, {}),
-        ("int4_channel", "none", 5, 24, 330, {}),
-        ("int4_group64", "none", 5, 24, 1100, {}),
+        ("int4_channel", "none", 5, 32, 330, {}),
+        ("int4_group64", "none", 5, 32, 1100, {}),
     ]  # fmt: skip
     return {f"{form}-{activation}-{t}-{'-'.join(extra)}": quantized_case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
 
@@ -626,7 +626,7 @@ def moe_cases():
 def quantized_moe_case(form, rows, active, experts, inner, d, act, gated=True, bias=False):
     generator = torch.Generator().manual_seed(rows)
     values = {"expert_ids": torch.rand(rows, experts + 1, generator=generator).argsort(-1)[:, :active].contiguous()}
-    wide, layout = 2 * inner if gated else inner, formats.get(form).layout(Target("cuda", "sm_90", ""))
+    wide, layout = 2 * inner if gated else inner, formats.get(form).layout(Target("cuda", "sm_90", ""), experts=True)
     for side, n, k in (("in", wide, d), ("out", d, inner)):
         weight = torch.randn(experts * n, k, generator=generator).bfloat16() * k**-0.5
         parts = formats.packed(formats.get(form).quantize(weight), form, layout, experts)
