@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ingot.artifacts.settings import settings
+from ingot.artifacts.store import Store
+from ingot.compiler.codegen.emit import Emitter
 from ingot.compiler.codegen.triton import TritonCompileError, compile_source, compile_sources, kernel_name
 from ingot.compiler.codegen.worker import Workers
 from ingot.ops.kernel import Source
@@ -34,6 +37,28 @@ def test_a_cubin_says_what_a_launch_needs():
     assert compiled.binary[:4] == b"\x7fELF"
     assert (compiled.symbol, compiled.num_warps, compiled.shared_bytes) == ("scale_kernel", 2, 0)
     assert compiled.symbol.encode() in compiled.binary
+
+
+def test_an_emitter_gives_out_what_is_there_and_can_be_asked_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setenv("INGOT_HOME", str(tmp_path / "home"))
+    others, late = [replace(SOURCE, num_warps=n) for n in (4, 8)], replace(SOURCE, num_stages=2)
+    progress = []
+    with Emitter(SM_90, Store(settings().home), tmp_path, lambda done, of: progress.append((done, of))) as emitter:
+        emitter.begin(others)
+        seen = []
+        for source, (kernel, _) in emitter([SOURCE, *others]):
+            seen.append(source)
+            assert emitter.files(kernel.name)[0][:4] == b"\x7fELF"
+            if len(seen) == 1:  # asked for something else before the rest is there
+                assert [s for s, _ in emitter([late, source])] in ([late, source], [source, late])
+        assert sorted(map(repr, seen)) == sorted(map(repr, [SOURCE, *others]))
+        assert emitter.compiled == 4 and progress[-1] == (3, 3)
+        wrong = replace(SOURCE, constants=SOURCE.constants | {"BLOCK": 100})
+        emitter.begin([wrong])  # tells nobody
+        with pytest.raises(TritonCompileError, match="does not compile"):
+            list(emitter([SOURCE, wrong]))
+    with Emitter(SM_90, Store(settings().home), tmp_path, lambda done, of: None) as again:
+        assert len(list(again([SOURCE, *others, late]))) == 4 and again.compiled == 0
 
 
 def test_names_follow_whatever_changes_the_cubin():

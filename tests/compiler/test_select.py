@@ -110,6 +110,15 @@ def test_a_table_spares_measuring_and_compiling_the_others(table: Table) -> None
     assert chosen.tuned == {} == chosen.measured
 
 
+def test_a_call_is_gated_while_kernels_of_others_compile(family: list[Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Call(CALL.op, CALL.args | {"eps": 1e-5}, CALL.results)
+    monkeypatch.setattr(selecting, "claimants", lambda call, steps, target: [candidate("0 0" if call is CALL else "1 0")])
+    events: list[str] = []
+    compiler = Compiler(events, events)
+    select([Program(None, [other, CALL], SPECS[:1])], DEVICE, compiler, CPU, lambda done, of: None, Table())  # type: ignore[arg-type]
+    assert events == ["1 0", "1 0", "0 0", "0 0"]  # compiled, run, compiled, run
+
+
 def test_without_the_device_the_table_decides_and_else_the_rank(table: Table, family: list[Candidate]) -> None:
     compiler = Compiler()
     assert all("takes 0 0: " in r and "tuning table" in r for r in reasons(run(compiler, table, device=None)))
