@@ -174,7 +174,10 @@ class _Selector:
         timed = self.measures and any(len(w.tried) > 1 for w in wanted)
 
         def ready() -> list[list[_Wanted]]:
-            return [calls[name] for name, sources in list(missing.items()) if not sources and missing.pop(name) is not None]
+            names = [name for name, sources in missing.items() if not sources]
+            for name in names:
+                del missing[name]
+            return [calls[name] for name in names]
 
         if not timed:
             yield from ready()

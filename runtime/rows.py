@@ -15,22 +15,21 @@ from .request import Sequence
 class Rows:
     """One line of `facts` a fact, by row; of a row that nobody has, garbage. A step asks for all at once: `facts.take(rows, 1)`."""
 
-    NUM_TOKENS, NUM_COMPUTED, END, ROOM, NUM_PROMPT, SAMPLED_IN, SAMPLED_ROW, FLAGS, LAUNCHED_IN = range(9)
     SCORES, CHOSEN, RULED = 1, 2, 4
 
     def __init__(self, num_rows: int) -> None:
         self.facts = np.zeros((9, num_rows), np.int64)
-        self.num_tokens = self.facts[self.NUM_TOKENS]  # prompt and output, with the pending token
-        self.num_computed = self.facts[self.NUM_COMPUTED]  # of these, those whose KV the launched steps compute
-        self.end = self.facts[self.END]  # tokens that are ever computed: the last of `max_tokens` is never fed back
-        self.room = self.facts[self.ROOM]  # tokens for which every page group has pages
-        self.num_prompt = self.facts[self.NUM_PROMPT]
-        self.sampled_in = self.facts[self.SAMPLED_IN]  # the last step that sampled for it,
-        self.sampled_row = self.facts[self.SAMPLED_ROW]  # and there the row of logits
+        self.num_tokens = self.facts[0]  # prompt and output, with the pending token
+        self.num_computed = self.facts[1]  # of these, those whose KV the launched steps compute
+        self.end = self.facts[2]  # tokens that are ever computed: the last of `max_tokens` is never fed back
+        self.room = self.facts[3]  # tokens for which every page group has pages
+        self.num_prompt = self.facts[4]
+        self.sampled_in = self.facts[5]  # the last step that sampled for it,
+        self.sampled_row = self.facts[6]  # and there the row of logits
         # few have one: its prompt tokens may want log-probabilities; by the host is its next token chosen, when that step was collected;
         # its logits are changed before they are sampled
-        self.flags = self.facts[self.FLAGS]
-        self.launched_in = self.facts[self.LAUNCHED_IN]  # the last step with this row
+        self.flags = self.facts[7]
+        self.launched_in = self.facts[8]  # the last step with this row
         self.num_named = np.zeros(num_rows, np.int64)  # of the computed tokens, those whose full pages were given names
         self.sampling = np.zeros(num_rows, SAMPLING)
         self.sampling_words = self.sampling.view(np.int32).reshape(num_rows, WORDS)
@@ -38,7 +37,7 @@ class Rows:
     def place(self, seq: Sequence, row: int, num_computed: int) -> None:
         """Give `row` to `seq`, of whose tokens, all known, the first `num_computed` have their KV."""
         flags = self.SCORES * seq.wants_prompt_logprobs + self.CHOSEN * (seq.beams is not None) + self.RULED * (seq.rules is not None)
-        self.facts[:, row] = len(seq.token_ids), num_computed, seq.num_prompt + seq.max_tokens - 1, num_computed, seq.num_prompt, -1, 0, flags, -1
+        self.facts[:, row] = len(seq.token_ids), num_computed, seq.last, num_computed, seq.num_prompt, -1, 0, flags, -1
         self.num_named[row] = num_computed
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
         seq.counted = False

@@ -131,10 +131,9 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue `seq`. RequestError when it could never run to its end, even alone."""
-        longest = seq.num_prompt + seq.max_tokens - 1  # the last token is never fed back
-        if longest > self.cache.capacity:
+        if seq.last > self.cache.capacity:  # the last token is never fed back
             raise RequestError(
-                f"request {seq.request.id}: {seq.num_prompt} prompt tokens and max_tokens {seq.max_tokens} need room for {longest} tokens, "
+                f"request {seq.request.id}: {seq.num_prompt} prompt tokens and max_tokens {seq.max_tokens} need room for {seq.last} tokens, "
                 f"and the whole KV cache holds {self.cache.capacity}; lower max_tokens, shorten the prompt or give the cache more memory"
             )
         self._wait(seq)

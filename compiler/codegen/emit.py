@@ -52,18 +52,15 @@ class Emitter:
 
     def begin(self, sources: Iterable[Source]) -> None:
         """Compile these meanwhile. What does not compile is told by a call that needs it."""
-        self._task = self._thread.submit(self._compile, self._named(sources))
-        self._task.add_done_callback(self._tell)
+        self._submit(self._named(sources))
 
     def __call__(self, sources: Iterable[Source]) -> Iterator[tuple[Source, tuple[Kernel, Loaded | None]]]:
         """Each source with its kernel, as soon as that is there; what was begun comes first."""
+        named = self._named(sources)
         waiting: dict[str, list[Source]] = {}
-        for source, name in self._named(sources).items():
+        for source, name in named.items():
             waiting.setdefault(name, []).append(source)
-        total = len(waiting)
-        self.begin(source for (source, *_) in waiting.values())
-        task = self._task
-        assert task is not None
+        total, task = len(waiting), self._submit(named)
         while waiting:
             with self._changed:
                 while not (there := [name for name in waiting if name in self._texts]) and not task.done():
@@ -82,6 +79,11 @@ class Emitter:
     def _named(self, sources: Iterable[Source]) -> dict[Source, str]:
         kernel_name = triton.kernel_name if self.target.kind == "cuda" else tvm.kernel_name
         return {source: kernel_name(source, self.target) for source in sources}
+
+    def _submit(self, named: dict[Source, str]) -> Future[None]:
+        self._task = task = self._thread.submit(self._compile, named)
+        task.add_done_callback(self._tell)
+        return task
 
     def _tell(self, task: Future[None]) -> None:
         with self._changed:

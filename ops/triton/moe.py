@@ -274,17 +274,8 @@ class ExpertsProduct:
     def of_tiles(self, functions: list[Any], tile: Any, pairs: Dim, slots: Dim, order: int, out: Operand, scratch: tuple[Tensor, ...],
                  operands: dict[str, Operand], constants: dict[str, Any]) -> Launch:  # fmt: skip
         """The same for tiles of sorted pairs. `order`: of the scratch tensors, the first of the two that the sort makes."""
-        operands = (
-            self.operands
-            | operands
-            | {
-                "order": Operand(scratch=order),
-                "experts": Operand(scratch=order + 1),
-                "num_pairs": Operand(size=pairs),
-                "depth": Operand(const=self.k),
-                "out": out,
-            }
-        )
+        sorted_pairs = {"order": Operand(scratch=order), "experts": Operand(scratch=order + 1), "num_pairs": Operand(size=pairs)}
+        operands = self.operands | operands | sorted_pairs | {"depth": Operand(const=self.k), "out": out}
         constants = self.constants | constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "HEIGHT": 8}
         grid = ((slots, tile.m), (self.n, tile.n))
         return launch(self.call, functions, in_order(functions[0], operands), constants, grid, scratch=scratch, num_warps=tile.warps, num_stages=tile.stages)

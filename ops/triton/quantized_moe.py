@@ -1,7 +1,7 @@
 """Mixtures of experts with quantized weights: the products of `moe.py`, with matrices that are widened in registers.
 
 Codes are read as products with one matrix read them: by `quantized_gemv` where pairs are few, else by `weight_only_gemm`; a row of them lies alone
-(a panel of 1), because here a program of the former reads few rows. Symmetric ones of
+(a panel of 1), as it did when these were measured: in panels, and on another card, Mixtral took a fifth longer at batch 1. Symmetric ones of
 eight bits are also what the products of floats read, with a scale beside them, and the only way where several rows share a scale.
 """
 
