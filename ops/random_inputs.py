@@ -19,10 +19,10 @@ _PARTS = {"weight": "weight", "scale": "scale", "zero": "zero"} | {f"{part[0]}_{
 _SCALES = frozenset({"k_scale", "v_scale", "k_static", "v_static", "input_scale"})
 
 
-def step_sizes(steps: Steps, tokens: int) -> dict[str, int]:
-    """T, S, R of a step of about `tokens` tokens that the variant may see."""
+def step_sizes(steps: Steps, tokens: int, prompts: int = 3) -> dict[str, int]:
+    """T, S, R of a step of about `tokens` tokens that the variant may see, with at most so many prompts."""
     t = steps.max_tokens if steps.exact else min(tokens, steps.max_tokens)
-    s = t if steps.max_num_new == 1 else min(3, steps.max_seqs, t)
+    s = t if steps.max_num_new == 1 else min(prompts, steps.max_seqs, t)
     return {"T": t, "S": s, "R": t if steps.exact else min(s, steps.max_rows)}
 
 

@@ -1,7 +1,7 @@
-"""Products with quantized weights: every way that suits a call, of the four that the files beside this one hold.
+"""Products with quantized weights: every way that suits a call, of those that the files beside this one hold.
 
-A row alone: a GEMV (`quantized_gemv`). Activations that are rounded: codes times codes (`scaled_gemm`), generated or the library's. Others: weights
-widened in registers (`weight_only_gemm`), or dequantized as a whole for the library (`dequantize`).
+A row alone: a GEMV (`matrix_gemv`, `quantized_gemv`). Activations that are rounded: codes times codes (`scaled_gemm`), generated or the library's.
+Others: weights widened in registers (`weight_only_gemm`), or dequantized as a whole for the library (`dequantize`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ..chain import chain
 from ..kernel import Call, Candidate, Steps, Tensor, claimants, claims
 from ..target import Target
 from .dequantize import dequantized
+from .matrix_gemv import matrix_gemvs
 from .quantized_gemv import gemvs
 from .quantized_product import Product
 from .scaled_gemm import library, scaled_gemms
@@ -24,7 +25,7 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
     product = Product.of(call, steps, target)
     if product is None:
         return []
-    alone = gemvs(product) if product.rows == 1 else []
+    alone = matrix_gemvs(product) + gemvs(product) if product.rows == 1 else []
     rank, most = (1.0, 3) if alone else (0.0, None)
     if call.args["eps"] is not None and product.codes is None:
         return alone + _behind_norm(product, rank)[:most]
@@ -65,6 +66,6 @@ def _behind_norm(product: Product, rank: float) -> list[Candidate]:
     call, x = product.call, product.x
     norm = Call("rms_norm", {"x": x, "weight": call.args["norm_weight"], "eps": call.args["eps"], "offset": call.args["offset"]}, (x,))
     plain = Call(call.op, call.args | {"norm_weight": None, "eps": None}, call.results)
-    tails = [c for c in claimants(plain, product.steps, product.target) if not c.name.startswith("gemv")]
+    tails = [c for c in claimants(plain, product.steps, product.target) if not c.name.startswith(("gemv", "matrix"))]
     heads = claimants(norm, product.steps, product.target)[:1]
     return [replace(chain(head, x, "x", tail, {"weight": "norm_weight"}), rank=rank + tail.rank) for head in heads for tail in tails]

@@ -23,9 +23,11 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-GLUON = """from triton.experimental import gluon
+GLUON = """import triton
+import triton.language as tl
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 """
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

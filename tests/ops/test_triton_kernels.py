@@ -144,6 +144,18 @@ def test_agrees_with_the_reference(op, name, dtype, machine, let_go):
     check(candidates if dtype == BF16 else candidates[:1], case, call, dtype, machine, let_go)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int4_group32_zero", "int4_channel"])
+def test_programs_that_make_several_panels(form, tmp_path, let_go):
+    """Of a product of one row: its loads for the next panel are on their way while one ends."""
+    case = quantized_case(form, "none", 1, 2 * 6688, 1056, act="silu", norm=True)
+    call = case.call("quantized_linear", BF16)
+    [claim] = CLAIMS["quantized_linear", "triton"]
+    several = [c for c in claim(call, case.steps, gpu()) if "_p" in c.name]
+    assert several
+    check(several, case, call, BF16, ("cuda", gpu(), Device(tmp_path)), let_go)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, cases in CASES.items() for name in cases])
 def test_every_tile_agrees(op, name, interpreter, let_go):

@@ -505,6 +505,8 @@ def quantized_linear_cases():
         ("int8_group64_zero", "none", 70, 40, 330, {"residual": True}),
         ("fp8_e4m3_block128", "none", 70, 140, 330, {}),
         ("int4_channel", "none", 1, 24, 330, {}),
+        ("int4_channel_zero", "none", 1, 48, 330, {"bias": True}),
+        ("int4_group64_zero", "none", 1, 96, 330, {"act": "gelu_tanh", "norm": True}),
         ("int4_channel", "none", 5, 32, 330, {}),
         ("int4_group64", "none", 5, 32, 1100, {}),
     ]  # fmt: skip
