@@ -15,13 +15,15 @@ from ingot.artifacts.bound import Loaded
 from ingot.ops.kernel import Call, Candidate, Steps
 
 CONTEXTS = (1024, 192)
-"""Cached tokens of the longest sequence where attention of a decode step is timed: on long ones memory decides, on short ones latency. Prompts have none."""
+"""Cached tokens of the longest sequence where attention of a decode step is timed: on long ones memory decides, on short ones latency."""
+PROMPTS = (1, 3)
+"""Sequences of a step with prompts, which have no cached tokens: one that fills it has other work for each tile than several."""
 MAX_COPIES = 15
 """Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
 
 
 class Stopwatch:
-    """Times candidates of one call on the variant's largest step, on copies of its inputs; what depends on cached tokens at several lengths of them.
+    """Times candidates of one call on the variant's largest step, on copies of its inputs; what depends on sequences in several situations of them.
 
     There are enough copies that a GPU's cache cannot hold them all: in a step, it holds another layer's. Results lie in arguments where they may,
     as they do in a plan: a residual grows from run to run, which takes no longer.
@@ -29,8 +31,12 @@ class Stopwatch:
 
     def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
         self._call, self._device = call, device
-        contexts = CONTEXTS if steps.max_num_new == 1 and "page_table" in call.args else (0,)
-        self._situations = [self._copied(*gate.arguments(call, steps, device, steps.max_tokens, seed=1, context=c)) for c in contexts]
+        of_sequences = "page_table" in call.args
+        if steps.max_num_new == 1:
+            situations = [{"context": c} for c in (CONTEXTS if of_sequences else (0,))]
+        else:
+            situations = [{"context": 0, "prompts": n} for n in (PROMPTS if of_sequences else PROMPTS[-1:])]
+        self._situations = [self._copied(*gate.arguments(call, steps, device, steps.max_tokens, seed=1, **s)) for s in situations]
 
     def _copied(self, inputs: dict[str, Any], sizes: dict[str, int]) -> tuple[list[dict[str, Any]], dict[str, int]]:
         copies = 0
