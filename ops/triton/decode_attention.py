@@ -57,7 +57,8 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
                             PAGE: tl.constexpr, STATIC: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
                             STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
                             CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, CHUNK_S: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, CHUNK_S: tl.constexpr, BLOCK_H: tl.constexpr, THREADS: tl.constexpr,
+                            PDL: tl.constexpr):  # fmt: skip
     """With SPLITS > 1, `partial` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2.
 
     With `tickets` [T, K], the last program of a kv head combines them to `out`.
@@ -173,8 +174,9 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         tl.store(partial + at[:, None] * F + f[None, :], acc, mask=(valid & (total > 0.0))[:, None] & (f < F)[None, :])
         if tickets is not None:  # noqa: SIM102 (decided when this is compiled)
             if is_last(tickets + token * K + kv_head, SPLITS):
-                for mine in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-                    combine(partial, lse, sinks, out, token * H + mine, mine, F, SPLITS, CHUNK_S, BLOCK_F)
+                for mine in tl.static_range(0, GROUP, BLOCK_H):
+                    one_of = kv_head * GROUP + mine
+                    combine(partial, lse, sinks, out, token * H + one_of, one_of, min(BLOCK_H, GROUP - mine), F, SPLITS, CHUNK_S, BLOCK_H, BLOCK_F)
     else:
         if sinks is not None:
             sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
@@ -188,6 +190,8 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
 
 # keys a block, warps, pipeline stages: a warp that has all keys of a block for itself waits for no other, and many such programs fit on a multiprocessor
 TILES = ((32, 1, 4), (64, 2, 4), (128, 4, 2), (32, 1, 5))
+HEADS_AT_ONCE = 4
+"""Of one kv head, that the last program combines together."""
 
 
 def _splits(steps: Steps, kv_heads: int) -> list[int]:
@@ -202,7 +206,7 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
     heads, kv_heads = args["num_heads"], args["num_kv_heads"]
     page_size, e, f = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
     tokens, block_e, block_f = qkv.shape[0], max(16, power_of_two(e)), max(16, power_of_two(f))
-    block_m = max(16, power_of_two(heads // kv_heads))
+    block_m, block_h = max(16, power_of_two(heads // kv_heads)), min(power_of_two(heads // kv_heads), HEADS_AT_ONCE)
     if not steps.exact or steps.max_num_new != 1 or qkv.dtype == torch.float32 or block_m * block_f > 64 * 256:
         return []
     inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "seq_lens", "page_table", "sinks")}
@@ -214,8 +218,10 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
         constants: dict[str, Any] = {
             "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "EPS": args["eps"], "OFFSET": args["offset"], "SCALE": args["scale"],
             "WINDOW": args["window"], "CHUNK": args["chunk"], "SOFTCAP": args["softcap"], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e,
-            "BLOCK_F": block_f, "SPLITS": splits, "CHUNK_S": min(splits, max(1, 1024 * warps // block_f)), "THREADS": 32 * warps,
+            "BLOCK_F": block_f, "SPLITS": splits, "THREADS": 32 * warps,
         } | scale_constants(call) | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
+        # partial results that the last program has at once, in a quarter of its registers: the next ones are on their way in another
+        constants |= {"BLOCK_H": block_h, "CHUNK_S": min(splits, max(1, 2048 * warps // (block_h * block_f)))}
         scratch: tuple[Tensor, ...] = ()
         results = {"out": Operand(out=0)}
         if splits > 1:
