@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 
+import numpy as np
+
 from .tokenizer import Tokenizer
 
 
@@ -21,15 +23,15 @@ class Detokenizer:
         self._stop = stop
         self._unstoppable = min_tokens  # tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_whole = True  # no bytes wait for the rest of their character
+        self.is_whole = True  # no bytes wait for the rest of their character
         self._held = ""
 
     def feed(self, token_id: int) -> str:
         """The text that this token decides; "" once stopped."""
-        text = self._texts[token_id] if self._is_whole else None
+        text = self._texts[token_id] if self.is_whole else None
         if text is None:
             text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
-            self._is_whole = not self._utf8.getstate()[0]
+            self.is_whole = not self._utf8.getstate()[0]
         if not self._stop:
             return text
         if self._unstoppable > 0:
@@ -62,3 +64,27 @@ class Detokenizer:
         """Length of the longest end of `text` with which a stop string begins."""
         longest = min(len(text), max(len(s) for s in self._stop) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+
+
+class KnownTexts:
+    """What the tokens that came so far add to a text between whole characters: `texts` by token id, where `known`.
+
+    Not known are tokens with parts of characters, tokens that stop a sequence, and negative ones, which are none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._stops: set[int] = set()
+        self.texts, self.known = np.full(vocab_size, "", object), np.zeros(vocab_size + 2, bool)  # the last two for 'logit_rules.NONE_LEFT' and its like
+
+    def stop_at(self, token_ids: frozenset[int]) -> None:
+        """Some sequence ends with each of them."""
+        new = token_ids - self._stops
+        self._stops |= new
+        self.known.put([*new], False, mode="clip")  # beyond the vocabulary: at none
+
+    def learn(self, token_id: int) -> None:
+        """It came."""
+        if not self.known[token_id] and token_id not in self._stops:
+            text = "" if self._tokenizer is None else self._tokenizer.texts[token_id]
+            self.texts[token_id], self.known[token_id] = text, text is not None

@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections import deque
 from dataclasses import dataclass
-from itertools import count
+from itertools import compress, count
 from numbers import Integral
 
 import msgspec
@@ -19,13 +19,13 @@ from ingot.ops.errors import IngotError
 from .batch import Sampled, pack, size_of
 from .beam_search import BeamSearch
 from .beams import Answer, Beams
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, KnownTexts
 from .kv_cache import KVCache
 from .logit_rules import NONE_LEFT, NOT_FINITE, LogitRules
 from .protocol import Executor, InFlight
 from .ranking import Ranking
 from .records import sampling_record
-from .request import Delta, FinishReason, Request, RequestError, SamplingParams, Sequence, Status, TokenLogprob, Usage
+from .request import Delta, Deltas, FinishReason, Request, RequestError, SamplingParams, Sequence, Status, TokenLogprob, Usage
 from .scheduler import Scheduler, Step
 from .tokenizer import Tokenizer
 
@@ -90,6 +90,7 @@ class Engine:
         self._depth = 2 if info.asynchronous and overlap else 1  # steps in flight when one is collected
         self._in_flight: deque[tuple[Step, InFlight]] = deque()
         self._eos = frozenset(model_info.eos_token_ids)
+        self._texts = KnownTexts(tokenizer, info.vocab_size)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._siblings: dict[Sequence, list[Sequence]] = {}  # who waits for the prompt that this one computes
         self._rankings: dict[str, Ranking] = {}  # of requests whose answers are chosen at their end
@@ -145,6 +146,7 @@ class Engine:
         if sequences[together:]:
             self._siblings[sequences[0]] = sequences[together:]
         self._requests[request.id] = sequences
+        self._texts.stop_at(stop_ids)
         if beams is not None:
             beams.begin(sequences[0])
         if params.ranked:
@@ -192,13 +194,15 @@ class Engine:
         for seq in list(self._requests.get(request_id, ())):
             self._ended += self._end(seq, "abort")
 
-    def step(self) -> list[Delta]:
+    def step(self) -> Deltas:
         """Keep the device busy, and wait for the oldest step; what it added to each sequence, at most one delta a sequence."""
         while len(self._in_flight) < self._depth and self._launch():
             pass
-        ended, self._ended = self._ended, []
-        deltas = ended + self._collect() if self._in_flight else ended
-        return [answer for delta in deltas for answer in self._answers(delta)] if self._rankings else deltas
+        deltas = self._collect() if self._in_flight else Deltas()
+        deltas.others[:0], self._ended = self._ended, []
+        if self._rankings:
+            deltas.others = [answer for delta in deltas.others for answer in self._answers(delta)]
+        return deltas
 
     def _answers(self, delta: Delta) -> list[Delta]:
         ranking = self._rankings.get(delta.request_id)
@@ -224,7 +228,7 @@ class Engine:
         self.scheduler.launched(step)
         return True
 
-    def _collect(self) -> list[Delta]:
+    def _collect(self) -> Deltas:
         """Wait for the oldest step in flight. Sequences that ended since it was launched have no use for what it says."""
         step, flight = self._in_flight.popleft()
         try:
@@ -233,19 +237,19 @@ class Engine:
             failed = [delta for each in (step, *(s for s, _ in self._in_flight)) for delta in self._fail(each, e)]
             self.cache.forget_prefixes()
             self.scheduler.collected()
-            return failed
+            return Deltas(failed)
         self.scheduler.collected()
         return self._deltas(step, sampled)
 
     def _fail(self, step: Step, error: IngotError) -> list[Delta]:
         return [delta for seq in step.sequences if seq.status is not Status.FINISHED for delta in self._end(seq, "error", str(error))]
 
-    def _deltas(self, step: Step, sampled: Sampled) -> list[Delta]:
-        tokens, logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in sampled)
+    def _deltas(self, step: Step, sampled: Sampled) -> Deltas:
+        logprobs, top_ids, top_logprobs = ([] if a is None else a.tolist() for a in sampled[1:])
 
         def logprob(row: int, wanted: int) -> TokenLogprob:
             top = tuple(zip(top_ids[row][:wanted], top_logprobs[row][:wanted], strict=True)) if wanted else ()
-            return TokenLogprob(tokens[row], logprobs[row], top)
+            return TokenLogprob(int(sampled.token_ids[row]), logprobs[row], top)
 
         sampling = step.sequences if step.num_sampled == len(step.sequences) else [step.sequences[i] for i in np.flatnonzero(step.samples).tolist()]
         row = len(sampling)
@@ -253,26 +257,27 @@ class Engine:
             for _ in positions:
                 seq.add_prompt_logprob(logprob(row, seq.request.params.prompt_logprobs or 0))
                 row += 1
-        deltas: list[Delta] = []
-        finished, plain = Status.FINISHED, 0
-        for row, (seq, token) in enumerate(zip(sampling, tokens, strict=False)):
-            if seq.status is finished:
+        state, rows, new = self.scheduler.rows, step.sampled(step.rows), sampled.token_ids[: len(sampling)]
+        flows = state.flowing.take(rows) & self._texts.known.take(new) & step.sampled(step.num_tokens < step.end)
+        rows, new = rows[flows], new[flows]
+        tokens = new.tolist()
+        deltas = Deltas([], state.request_ids.take(rows).tolist(), state.index.take(rows).tolist(), tokens, self._texts.texts.take(new).tolist())
+        for seq, token in zip(compress(sampling, flows), tokens, strict=True):
+            seq.token_ids.append(token)
+        self._generated_tokens += len(tokens)
+        for row in np.flatnonzero(~flows).tolist():
+            seq, token = sampling[row], int(sampled.token_ids[row])
+            if seq.status is Status.FINISHED:
                 continue
-            ids = seq.token_ids
-            if seq.plain and seq.num_prompt < len(ids) < seq.last and token >= 0 and token not in seq.stop_ids:  # as a rule
-                ids.append(token)
-                deltas.append(Delta(seq.id, seq.index, [token], "" if seq.detokenizer is None else seq.detokenizer.feed(token)))
-                plain += 1
-            elif token < 0:
-                deltas += self._end(seq, "error", _WHY_NO_TOKEN[token])
+            if token < 0:
+                deltas.others += self._end(seq, "error", _WHY_NO_TOKEN[token])
             elif seq.beams is not None:
-                deltas += self._report(seq, list(zip(top_ids[row], top_logprobs[row], strict=True)))
+                deltas.others += self._report(seq, list(zip(top_ids[row], top_logprobs[row], strict=True)))
             else:
                 wanted = seq.request.params.logprobs
                 if seq.request.params.ranked:
                     seq.score += logprobs[row]
-                deltas.append(self._append(seq, token, None if wanted is None else [logprob(row, wanted)]))
-        self._generated_tokens += plain
+                deltas.others.append(self._append(seq, token, None if wanted is None else [logprob(row, wanted)]))
         return deltas
 
     def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
@@ -283,6 +288,9 @@ class Engine:
         self._generated_tokens += 1
         stops = token in seq.stop_ids
         text = "" if stops or detokenizer is None else detokenizer.feed(token)
+        self._texts.learn(token)
+        if seq.row >= 0:
+            self.scheduler.rows.flowing[seq.row] = seq.plain and (detokenizer is None or detokenizer.is_whole)
         if 1 < count < seq.max_tokens and not stops and (detokenizer is None or detokenizer.stopped is None):
             return Delta(request.id, seq.index, [token], text, logprobs)
         reason: FinishReason | None = None

@@ -311,6 +311,7 @@ class KVCache:
         if not self.prefix_caching_off:
             self._name(seq, min(int(self.rows.num_computed[seq.row]), len(seq.token_ids)))
         row, seq.row = seq.row, -1
+        self.rows.flowing[row] = False
         del self.sequences[row]
         self._free_rows.append(row)
         gone = {(self._number[name], row) for name in self.slot_groups}

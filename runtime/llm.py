@@ -105,7 +105,12 @@ class LLM:
             while unfinished:
                 deltas = self.engine.step()
                 seconds = time.perf_counter() - begin
-                for delta in deltas:
+                for request_id, index, token, text in deltas.columns():
+                    if request_id in unfinished:
+                        output = outputs[request_id].outputs[index]
+                        output.token_ids.append(token)
+                        output.text += text
+                for delta in deltas.others:
                     if delta.request_id not in unfinished:
                         continue  # aborted by an earlier call
                     outputs[delta.request_id].add(delta, seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,6 +191,34 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc
     stop_reason: str | int | None = None  # the stop string or token id; of an error, what happened
     usage: Usage | None = None
     score: float | None = None  # at the end, of `best_of` and beam search: what answers are ranked by
+
+
+class Deltas(msgspec.Struct, array_like=True, gc=False):
+    """What one step added to each continuation, at most one delta to each. As a rule that is a token and its text: such deltas lie in columns."""
+
+    others: list[Delta] = []
+    request_ids: list[str] = []
+    indices: list[int] = []
+    token_ids: list[int] = []
+    texts: list[str] = []
+
+    def __iter__(self) -> Iterator[Delta]:
+        for request_id, index, token, text in self.columns():
+            yield Delta(request_id, index, [token], text)
+        yield from self.others
+
+    def columns(self) -> Iterator[tuple[str, int, int, str]]:
+        """Row by row."""
+        return zip(self.request_ids, self.indices, self.token_ids, self.texts, strict=True)
+
+    def take(self, rows: list[int]) -> Deltas:
+        """Those in some rows of the columns."""
+        ids, indices, tokens, texts = self.request_ids, self.indices, self.token_ids, self.texts
+        return Deltas([], [ids[i] for i in rows], [indices[i] for i in rows], [tokens[i] for i in rows], [texts[i] for i in rows])
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + sum([len(delta.token_ids) for delta in self.others])
 
 
 class Status(enum.Enum):

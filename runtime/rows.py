@@ -30,6 +30,9 @@ class Rows:
         # its logits are changed before they are sampled
         self.flags = self.facts[7]
         self.launched_in = self.facts[8]  # the last step with this row
+        # since a token of the sequence was looked at here: until its last one nothing but the token matters, and its text is in whole characters
+        self.flowing = np.zeros(num_rows, bool)
+        self.request_ids, self.index = np.full(num_rows, "", object), np.zeros(num_rows, np.int64)
         self.num_named = np.zeros(num_rows, np.int64)  # of the computed tokens, those whose full pages were given names
         self.sampling = np.zeros(num_rows, SAMPLING)
         self.sampling_words = self.sampling.view(np.int32).reshape(num_rows, WORDS)
@@ -38,6 +41,8 @@ class Rows:
         """Give `row` to `seq`, of whose tokens, all known, the first `num_computed` have their KV."""
         flags = self.SCORES * seq.wants_prompt_logprobs + self.CHOSEN * (seq.beams is not None) + self.RULED * (seq.rules is not None)
         self.facts[:, row] = len(seq.token_ids), num_computed, seq.last, num_computed, seq.num_prompt, -1, 0, flags, -1
+        self.flowing[row] = False
+        self.request_ids[row], self.index[row] = seq.request.id, seq.index
         self.num_named[row] = num_computed
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
         seq.counted = False

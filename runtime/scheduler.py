@@ -33,6 +33,7 @@ class Step:
     rows: np.ndarray
     num_tokens: np.ndarray  # that they have, with a pending one
     num_computed: np.ndarray
+    end: np.ndarray  # tokens that are ever computed
     num_new: np.ndarray
     total: int  # of `num_new`
     num_prompt: np.ndarray
@@ -239,10 +240,10 @@ class Scheduler:
 
     def _step(self, sequences: list[Sequence], rows: np.ndarray, facts: np.ndarray, num_new: np.ndarray, total: int) -> Step:
         """`facts` of `rows`, as `Rows` has them."""
-        num_tokens, num_computed, _, _, num_prompt, sampled_in, sampled_row, flags, _ = facts
+        num_tokens, num_computed, end, _, num_prompt, sampled_in, sampled_row, flags, _ = facts
         pending = np.where(sampled_in >= self.num_collected, sampled_row, -1)
         samples = num_computed + num_new == num_tokens
-        step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, num_new, total, num_prompt, flags, pending, samples, [])
+        step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, end, num_new, total, num_prompt, flags, pending, samples, [])
         if step.any_flags & Rows.SCORES:
             scoring = np.flatnonzero(flags & Rows.SCORES).tolist()
             step.prompt_rows.extend((sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring)

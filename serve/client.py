@@ -195,7 +195,7 @@ class EngineClient(asyncio.Protocol):
                     now = time.perf_counter()
                     for delta in deltas:
                         self._deliver(delta, now)
-                    self._metrics.generated(sum([len(delta.token_ids) for delta in deltas]))
+                    self._metrics.generated(deltas.num_tokens)
                 case Embedded(request_id=request_id, vectors=vectors):
                     answer = self._embeddings.get(request_id)
                     if answer is not None and not answer.done():  # or else it was taken back

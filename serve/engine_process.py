@@ -8,12 +8,13 @@ import signal
 import socket
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 
 from ingot.ops.errors import IngotError
 from ingot.ops.garbage import uncollected
 from ingot.runtime.embedder import Embedder
 from ingot.runtime.engine import Engine, EngineOptions
-from ingot.runtime.request import Delta, RequestError
+from ingot.runtime.request import Deltas, RequestError
 
 from .connection import ClientGone, Clients, Connection
 from .embedding_loop import serve_embeddings
@@ -45,18 +46,27 @@ def serve(engine: Engine, clients: Clients) -> None:
             tell(engine, clients, deltas, everybody)
 
 
-def tell(engine: Engine, clients: Clients, deltas: list[Delta], everybody: bool) -> None:
+def tell(engine: Engine, clients: Clients, deltas: Deltas, everybody: bool) -> None:
     """To each client the deltas of its requests, and how busy the engine is; with `everybody` also to those who have none."""
-    owners = clients.owners
-    shares: defaultdict[Connection, list[Delta]] = defaultdict(list, {client: [] for client in clients.everybody()} if everybody else {})
-    for delta in deltas:
-        shares[owners[delta.request_id]].append(delta)
-    for request_id in {d.request_id for d in deltas if d.finish_reason is not None}:
+    present = clients.everybody()
+    shares = defaultdict(Deltas, {present[0]: deltas} if len(present) == 1 else _divide(deltas, clients.owners))
+    for request_id in {d.request_id for d in deltas.others if d.finish_reason is not None}:
         if not engine.has(request_id):
             clients.forget(request_id)
     stats = engine.stats()
-    for client, share in shares.items():
-        clients.send(client, Step(share, stats))
+    for client in present if everybody else shares:
+        clients.send(client, Step(shares[client], stats))
+
+
+def _divide(deltas: Deltas, owners: Mapping[str, Connection]) -> defaultdict[Connection, Deltas]:
+    """Of each client's requests."""
+    rows: defaultdict[Connection, list[int]] = defaultdict(list)
+    for row, owner in enumerate(map(owners.__getitem__, deltas.request_ids)):
+        rows[owner].append(row)
+    shares = defaultdict(Deltas, {client: deltas.take(share) for client, share in rows.items()})
+    for delta in deltas.others:
+        shares[owners[delta.request_id]].others.append(delta)
+    return shares
 
 
 def run(fds: list[int], config_json: str, stages: Stages) -> int:

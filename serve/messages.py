@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from ingot.runtime.engine import EngineStats
-from ingot.runtime.request import Delta, Request
+from ingot.runtime.request import Deltas, Request
 
 
 class Add(msgspec.Struct, tag=True):
@@ -70,7 +70,7 @@ class Rejected(msgspec.Struct, tag=True):
 class Step(msgspec.Struct, tag=True):
     """What one step of the engine produced, and how busy it is."""
 
-    deltas: list[Delta]
+    deltas: Deltas
     stats: EngineStats
 
 

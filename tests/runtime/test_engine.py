@@ -90,7 +90,7 @@ def test_the_best_of_several_are_answered(recall, options):
 def test_an_abort_of_several_is_answered_at_once(recall):
     engine = recall.engine()
     engine.add(Request("r", [1, 2, 3], SamplingParams(temperature=1.0, best_of=4, n=2, max_tokens=50)))
-    assert engine.step() == []
+    assert list(engine.step()) == []
     engine.abort("r")
     deltas = engine.step()
     assert [(d.index, d.finish_reason) for d in deltas] == [(0, "abort"), (1, "abort")]
