@@ -26,6 +26,7 @@ _ALIGN = 16  # int32s: 64 bytes
 TOKENS = _ALIGN
 """Where `token_ids` lie in the buffer, behind its header, of which the last element is 0."""
 _HEADER = 8  # the size, T, S and R of the padded size, and how many copies there are
+_NO_COPIES = np.empty((0, 3), np.int32)
 _LONGEST = 256
 """Tokens by which page tables grow, so that the sizes of steps are few."""
 
@@ -115,6 +116,9 @@ class StepBatch:
         self.arrays = {name: self.buffer[f.offset : f.offset + math.prod(f.shape)].view(f.dtype).reshape(f.shape) for name, f in self.fields.items()}
         begin, end = (self.fields[name].offset for name in ("temperature", "seed"))
         self._words = self.buffer[begin:end].reshape(STEP + 1, -1)  # of records, but the seed: one line a field
+        self.buffer[:TOKENS] = 0
+        first = layout.num_samples + TOKENS
+        self._known = np.arange(first, first + self.padded.num_tokens, dtype=np.int32)
         self.reset(size)
 
     def reset(self, size: StepSize) -> None:
@@ -123,11 +127,10 @@ class StepBatch:
             raise ValueError(f"a step of {size} does not fit in {self.padded}")
         self.size = size
         self.edits: LogitEdits | None = None
-        self.copies = np.empty((0, 3), np.int32)
-        self.buffer[:TOKENS] = 0
+        self.copies = _NO_COPIES
         self.buffer[:_HEADER] = *size, *self.padded[:3], 0
-        (T, S, _, _), first = size, self.layout.num_samples + TOKENS
-        self.arrays["token_sources"][:T] = np.arange(first, first + T)
+        T, S, *_ = size
+        self.arrays["token_sources"][:T] = self._known[:T]
         starts = self.arrays["cu_seqlens_q"]
         starts[0] = 0
         if size == self.padded:
@@ -170,7 +173,7 @@ class StepBatch:
 
 
 def size_of(step: Step) -> StepSize:
-    longest = int(step.lengths.max())
+    longest = int(np.maximum.reduce(step.lengths))
     return StepSize(step.total, len(step.sequences), step.num_rows, -(-longest // _LONGEST) * _LONGEST)
 
 

@@ -265,7 +265,7 @@ class Engine:
         for seq, token in zip(compress(sampling, flows), tokens, strict=True):
             seq.token_ids.append(token)
         self._generated_tokens += len(tokens)
-        for row in np.flatnonzero(~flows).tolist():
+        for row in (~flows).nonzero()[0].tolist():
             seq, token = sampling[row], int(sampled.token_ids[row])
             if seq.status is Status.FINISHED:
                 continue

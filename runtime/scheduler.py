@@ -12,8 +12,8 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from dataclasses import dataclass, field
-from functools import cached_property
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from .rows import Rows
 _ROW = attrgetter("row")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What a step computes: for each of its sequences the `num_new` tokens after the first `num_computed`; arrays [S]."""
 
     number: int  # of launched steps, from 0
@@ -36,23 +35,16 @@ class Step:
     end: np.ndarray  # tokens that are ever computed
     num_new: np.ndarray
     total: int  # of `num_new`
+    lengths: np.ndarray  # tokens that are computed after it
     num_prompt: np.ndarray
     flags: np.ndarray  # of `Rows`
+    any_flags: int  # those that some sequence has
     pending: np.ndarray  # the row of the last step's samples with the sequence's newest token; −1 when it is known
     samples: np.ndarray  # whether the tokens end with this step, which yields the next one
+    num_sampled: int  # sequences where they do
     prompt_rows: list[tuple[Sequence, range]]  # positions whose logits score the prompt
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens that are computed after it."""
-        return self.num_computed + self.num_new
-
-    @cached_property
-    def num_sampled(self) -> int:
-        """Sequences that sample."""
-        return int(np.count_nonzero(self.samples))
-
-    @cached_property
+    @property
     def num_rows(self) -> int:
         """Rows of logits: one for each sequence that samples, then everybody's prompt rows."""
         return self.num_sampled + sum(len(positions) for _, positions in self.prompt_rows)
@@ -60,11 +52,6 @@ class Step:
     def sampled(self, values: np.ndarray) -> np.ndarray:
         """Of `values` [S], those of the sequences that sample."""
         return values if self.num_sampled == len(values) else values[self.samples]
-
-    @cached_property
-    def any_flags(self) -> int:
-        """Those that some sequence has."""
-        return int(np.bitwise_or.reduce(self.flags))
 
 
 @dataclass
@@ -242,12 +229,14 @@ class Scheduler:
         """`facts` of `rows`, as `Rows` has them."""
         num_tokens, num_computed, end, _, num_prompt, sampled_in, sampled_row, flags, _ = facts
         pending = np.where(sampled_in >= self.num_collected, sampled_row, -1)
-        samples = num_computed + num_new == num_tokens
-        step = Step(self.num_launched, sequences, rows, num_tokens, num_computed, end, num_new, total, num_prompt, flags, pending, samples, [])
-        if step.any_flags & Rows.SCORES:
-            scoring = np.flatnonzero(flags & Rows.SCORES).tolist()
-            step.prompt_rows.extend((sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring)
-        return step
+        lengths = num_computed + num_new
+        samples, any_flags = lengths == num_tokens, int(np.bitwise_or.reduce(flags))
+        scoring = np.flatnonzero(flags & Rows.SCORES).tolist() if any_flags & Rows.SCORES else []
+        prompt_rows = [(sequences[i], sequences[i].prompt_rows(int(num_computed[i]), int(num_new[i]))) for i in scoring]
+        return Step(
+            self.num_launched, sequences, rows, num_tokens, num_computed, end, num_new, total, lengths, num_prompt, flags, any_flags, pending, samples,
+            int(np.count_nonzero(samples)), prompt_rows,
+        )  # fmt: skip
 
     def _admit(self, budget: _Budget) -> None:
         victims = set()
