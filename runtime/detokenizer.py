@@ -20,7 +20,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self.stopped: str | None = None  # the stop string that was found
         self._tokenizer, self._texts = tokenizer, tokenizer.texts
-        self._stop = stop
+        self._stop, self._stop_characters = stop, frozenset("".join(stop))
         self._unstoppable = min_tokens  # tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.is_whole = True  # no bytes wait for the rest of their character
@@ -62,6 +62,8 @@ class Detokenizer:
 
     def _undecided(self, text: str) -> int:
         """Length of the longest end of `text` with which a stop string begins."""
+        if text[-1:] not in self._stop_characters:  # as a rule
+            return 0
         longest = min(len(text), max(len(s) for s in self._stop) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
 
