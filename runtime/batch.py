@@ -199,22 +199,18 @@ def pack(step: Step, cache: KVCache, batch: StepBatch) -> None:
         place[:S] = table[:, : place.shape[1]].take(rows, 0)
     if cache.copies:
         batch.copies = np.array(cache.copies, np.int32)
-    _pack_tokens(step, batch, ends)
+    _pack_tokens(step, cache, batch, ends, row_of, positions)
     _pack_rows(step, cache, batch, ends)
 
 
-def _pack_tokens(step: Step, batch: StepBatch, ends: np.ndarray) -> None:
-    """Tokens that the host knows, and for the others the row of the last step's samples."""
+def _pack_tokens(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray, row_of: np.ndarray, positions: np.ndarray) -> None:
+    """Tokens that the host knows, and for the others, instead of which there is garbage, the row of the last step's samples."""
     T, pending, sources = batch.size.num_tokens, step.pending >= 0, batch.arrays["token_sources"]
     if len(pending) == T and pending.all():  # as a rule
         sources[:T] = step.pending
         return
     sources[ends[pending] - 1] = step.pending[pending]
-    known = np.flatnonzero(~pending).tolist()
-    if known:
-        spans = [(step.sequences[i].token_ids, c, n) for i, c, n in zip(known, step.num_computed[known].tolist(), step.num_new[known].tolist(), strict=True)]
-        place = slice(T) if len(known) == len(pending) else np.flatnonzero(np.repeat(~pending, step.num_new))
-        batch.arrays["token_ids"][place] = np.frombuffer(b"".join([ids[c : c + n] for ids, c, n in spans]), np.int32)
+    batch.arrays["token_ids"][:T] = cache.rows.tokens[row_of, positions]
 
 
 def _pack_rows(step: Step, cache: KVCache, batch: StepBatch, ends: np.ndarray) -> None:

@@ -86,8 +86,8 @@ class Beams:
     def _fork(self, step: Step[Beam]) -> Sequence:
         seq, number = step.parent.sequence, next(self._numbers)
         return replace(
-            seq, index=number, order=(*seq.order[:-1], number), token_ids=array("i", [*self.request.prompt_token_ids, *step.parent.output, step.token]),
-            row=-1, status=Status.WAITING, last_step=-1, page_hashes={size: list(known) for size, known in seq.page_hashes.items()},
+            seq, index=number, order=(*seq.order[:-1], number), known=array("i", [*self.request.prompt_token_ids, *step.parent.output, step.token]),
+            row=-1, rows=None, status=Status.WAITING, last_step=-1, page_hashes={size: list(known) for size, known in seq.page_hashes.items()},
         )  # fmt: skip
 
     def _said(self, step: Step[Beam]) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:

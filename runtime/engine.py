@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections import deque
 from dataclasses import dataclass
-from itertools import compress, count
+from itertools import count
 from numbers import Integral
 
 import msgspec
@@ -130,7 +130,7 @@ class Engine:
                 index=i,
                 order=(request.priority, request.arrival, number, i),
                 max_tokens=max_tokens,
-                token_ids=prompt[:],
+                known=prompt[:],
                 sampling=sampling_record(params, (seed + i * _SEED_STRIDE) % 2**64),
                 stop_ids=stop_ids,
                 rules=rules,
@@ -258,15 +258,12 @@ class Engine:
                 seq.add_prompt_logprob(logprob(row, seq.request.params.prompt_logprobs or 0))
                 row += 1
         state, rows, new = self.scheduler.rows, step.sampled(step.rows), sampled.token_ids[: len(sampling)]
+        num_tokens = step.sampled(step.num_tokens)
         flows = state.flowing.take(rows) & self._texts.known.take(new) & step.sampled(step.num_tokens < step.end)
-        rows, new = rows[flows], new[flows]
-        tokens = new.tolist()
-        deltas = Deltas([], state.request_ids.take(rows).tolist(), state.index.take(rows).tolist(), tokens, self._texts.texts.take(new).tolist())
-        for seq, token in zip(compress(sampling, flows), tokens, strict=True):
-            seq.token_ids.append(token)
-        self._generated_tokens += len(tokens)
-        for row in (~flows).nonzero()[0].tolist():
-            seq, token = sampling[row], int(sampled.token_ids[row])
+        deltas = self._flow(rows[flows], num_tokens[flows], new[flows])
+        others = (~flows).nonzero()[0]
+        for row, token, known in zip(others.tolist(), new[others].tolist(), num_tokens[others].tolist(), strict=True):
+            seq = sampling[row]
             if seq.status is Status.FINISHED:
                 continue
             if token < 0:
@@ -277,20 +274,28 @@ class Engine:
                 wanted = seq.request.params.logprobs
                 if seq.request.params.ranked:
                     seq.score += logprobs[row]
-                deltas.others.append(self._append(seq, token, None if wanted is None else [logprob(row, wanted)]))
+                deltas.others.append(self._append(seq, known, token, None if wanted is None else [logprob(row, wanted)]))
         return deltas
 
-    def _append(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
-        """One more token of `seq`, and what follows from it."""
-        ids, detokenizer, request = seq.token_ids, seq.detokenizer, seq.request
-        ids.append(token)
-        count = len(ids) - seq.num_prompt
+    def _flow(self, rows: np.ndarray, num_tokens: np.ndarray, new: np.ndarray) -> Deltas:
+        """One more token of each row, which has so many, and nothing follows from it."""
+        state, texts = self.scheduler.rows, self._texts.texts
+        state.append(rows, num_tokens, new)
+        self._generated_tokens += len(new)
+        return Deltas([], state.request_ids.take(rows).tolist(), state.index.take(rows).tolist(), new.tolist(), texts.take(new).tolist())
+
+    def _append(self, seq: Sequence, known: int, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
+        """One more token of `seq` after those `known`, and what follows from it."""
+        detokenizer, request = seq.detokenizer, seq.request
+        seq.append(known, token)
+        count = known + 1 - seq.num_prompt
         self._generated_tokens += 1
         stops = token in seq.stop_ids
         text = "" if stops or detokenizer is None else detokenizer.feed(token)
-        self._texts.learn(token)
-        if seq.row >= 0:
-            self.scheduler.rows.flowing[seq.row] = seq.plain and (detokenizer is None or detokenizer.is_whole)
+        if seq.plain:
+            self._texts.learn(token)
+            if seq.rows is not None:
+                seq.rows.flowing[seq.row] = detokenizer is None or detokenizer.is_whole
         if 1 < count < seq.max_tokens and not stops and (detokenizer is None or detokenizer.stopped is None):
             return Delta(request.id, seq.index, [token], text, logprobs)
         reason: FinishReason | None = None

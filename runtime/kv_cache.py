@@ -130,7 +130,7 @@ class KVCache:
         self.pools = {name: PagePool(g.num_units) for name, g in self.groups.items()}
         self.page_tables = {name: np.zeros((max_num_seqs, -(-max_model_len // g.page_size)), np.int32) for name, g in self.groups.items()}
         self.num_rows = min([max_num_seqs, *(g.num_units for g in self.slot_groups.values())])
-        self.rows = Rows(self.num_rows)
+        self.rows = Rows(self.num_rows, max_model_len)
         self.first_page = {name: np.zeros(self.num_rows, np.int32) for name in self.groups}  # that each row still holds
         self.num_pages = {name: [0] * self.num_rows for name in self.groups}  # of each row, those that it let go included
         self.sequences: dict[int, Sequence] = {}  # by row
@@ -310,8 +310,8 @@ class KVCache:
         """Take back the row and every page of `seq`; its full pages stay findable until their memory is needed."""
         if not self.prefix_caching_off:
             self._name(seq, min(int(self.rows.num_computed[seq.row]), len(seq.token_ids)))
-        row, seq.row = seq.row, -1
-        self.rows.flowing[row] = False
+        row = seq.row
+        self.rows.leave(seq)
         del self.sequences[row]
         self._free_rows.append(row)
         gone = {(self._number[name], row) for name in self.slot_groups}

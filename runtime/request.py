@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .beams import Beams
     from .detokenizer import Detokenizer
     from .logit_rules import LogitRules
+    from .rows import Rows
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 GREEDY_TEMPERATURE = 1e-5
@@ -236,7 +237,7 @@ class Sequence:
     index: int
     order: tuple[float, ...]  # who goes first; the last one is preempted first
     max_tokens: int
-    token_ids: array[int]  # prompt and output, int32: a step takes its part as bytes
+    known: array[int]  # `token_ids`; while it is running its row may have more of them
     sampling: bytes  # `records.sampling_record`
     stop_ids: frozenset[int] = frozenset()  # the end-of-sequence ids among them, unless they are ignored
     rules: LogitRules | None = None  # None: the model's logits are sampled as they are
@@ -245,6 +246,7 @@ class Sequence:
     status: Status = Status.WAITING
     num_cached: int = -1  # prompt tokens found in the prefix cache when first admitted; −1: not yet
     row: int = -1  # while it is running
+    rows: Rows | None = None  # that this is one of
     last_step: int = -1  # that was launched with it before it was preempted
     score: float = 0.0  # sum of the log-probabilities of its output, if it is to be ranked
     counted: bool = False  # since it has its row: the device counts its tokens, for penalties
@@ -264,6 +266,20 @@ class Sequence:
         scores = self.index == 0 and self.request.params.prompt_logprobs is not None
         self.prompt_logprobs = [None] if scores else []
         self.wants_prompt_logprobs = scores and self.num_prompt > 1
+
+    @property
+    def token_ids(self) -> array[int]:
+        """Prompt and output as far as they are known, int32."""
+        if self.rows is not None:
+            self.rows.settle(self)
+        return self.known
+
+    def append(self, num_known: int, token: int) -> None:
+        """One more of `token_ids`, of which there are `num_known`."""
+        if self.rows is None:
+            self.known.append(token)
+        else:
+            self.rows.append(self.row, num_known, token)
 
     @property
     def num_output(self) -> int:

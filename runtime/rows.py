@@ -17,7 +17,7 @@ class Rows:
 
     SCORES, CHOSEN, RULED = 1, 2, 4
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, max_model_len: int) -> None:
         self.facts = np.zeros((9, num_rows), np.int64)
         self.num_tokens = self.facts[0]  # prompt and output, with the pending token
         self.num_computed = self.facts[1]  # of these, those whose KV the launched steps compute
@@ -32,6 +32,8 @@ class Rows:
         self.launched_in = self.facts[8]  # the last step with this row
         # since a token of the sequence was looked at here: until its last one nothing but the token matters, and its text is in whole characters
         self.flowing = np.zeros(num_rows, bool)
+        self.tokens = np.zeros((num_rows, max_model_len), np.int32)  # all that are known; what is not touched takes no memory
+        self.num_known = np.zeros(num_rows, np.int64)
         self.request_ids, self.index = np.full(num_rows, "", object), np.zeros(num_rows, np.int64)
         self.num_named = np.zeros(num_rows, np.int64)  # of the computed tokens, those whose full pages were given names
         self.sampling = np.zeros(num_rows, SAMPLING)
@@ -40,12 +42,30 @@ class Rows:
     def place(self, seq: Sequence, row: int, num_computed: int) -> None:
         """Give `row` to `seq`, of whose tokens, all known, the first `num_computed` have their KV."""
         flags = self.SCORES * seq.wants_prompt_logprobs + self.CHOSEN * (seq.beams is not None) + self.RULED * (seq.rules is not None)
-        self.facts[:, row] = len(seq.token_ids), num_computed, seq.last, num_computed, seq.num_prompt, -1, 0, flags, -1
+        self.facts[:, row] = len(seq.known), num_computed, seq.last, num_computed, seq.num_prompt, -1, 0, flags, -1
+        self.tokens[row, : len(seq.known)], self.num_known[row], seq.rows = seq.known, len(seq.known), self
         self.flowing[row] = False
         self.request_ids[row], self.index[row] = seq.request.id, seq.index
         self.num_named[row] = num_computed
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]
         seq.counted = False
+
+    def leave(self, seq: Sequence) -> None:
+        """`seq` has no row any more."""
+        self.settle(seq)
+        self.flowing[seq.row] = False
+        seq.row, seq.rows = -1, None
+
+    def append(self, rows: np.ndarray | int, num_tokens: np.ndarray | int, new: np.ndarray | int) -> None:
+        """The token `new` comes after the `num_tokens` of each of `rows`."""
+        self.tokens[rows, num_tokens] = new
+        self.num_known[rows] = num_tokens + 1
+
+    def settle(self, seq: Sequence) -> None:
+        """Let `seq` know what was appended to its row."""
+        begin, end = len(seq.known), self.num_known[seq.row]
+        if begin < end:
+            seq.known.frombytes(self.tokens[seq.row, begin:end].tobytes())
 
     def uncomputed(self, rows: np.ndarray) -> np.ndarray:
         """Tokens that are still to be computed of each of `rows`: 0 when only the last one's value, or a choice, is awaited."""

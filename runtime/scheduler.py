@@ -149,7 +149,7 @@ class Scheduler:
 
     def choose(self, seq: Sequence, token: int) -> None:
         """The next token of a beam, which has computed all others."""
-        seq.token_ids.append(token)
+        seq.append(len(seq.token_ids), token)
         if seq.status is Status.RUNNING:
             self.rows.num_tokens[seq.row] += 1
         else:
