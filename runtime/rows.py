@@ -44,7 +44,6 @@ class Rows:
         flags = self.SCORES * seq.wants_prompt_logprobs + self.CHOSEN * (seq.beams is not None) + self.RULED * (seq.rules is not None)
         self.facts[:, row] = len(seq.known), num_computed, seq.last, num_computed, seq.num_prompt, -1, 0, flags, -1
         self.tokens[row, : len(seq.known)], self.num_known[row], seq.rows = seq.known, len(seq.known), self
-        self.flowing[row] = False
         self.request_ids[row], self.index[row] = seq.request.id, seq.index
         self.num_named[row] = num_computed
         self.sampling[row] = np.frombuffer(seq.sampling, SAMPLING)[0]

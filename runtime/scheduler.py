@@ -321,6 +321,7 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs
         rows = np.array([s.row for s in self.running], np.intp)
         assert self._rows_of_running().tolist() == rows.tolist()
+        assert all(self.rows.tokens[s.row, : len(s.token_ids)].tolist() == s.token_ids.tolist() for s in self.running)
         awaited = self.rows.num_tokens[rows] - np.array([len(s.token_ids) for s in self.running], np.int32)
         assert ((awaited > 0) == (self.rows.sampled_in[rows] >= self.num_collected)).all()
         assert (awaited >= 0).all() and (awaited <= self.num_launched - self.num_collected).all()

@@ -87,7 +87,7 @@ class CacheMachine(RuleBasedStateMachine):
     def extend(self, which: int, token: int) -> None:
         seq = self.running[which % len(self.running)]
         if len(seq.token_ids) < MAX_LEN:
-            seq.token_ids.append(token)
+            seq.append(len(seq.token_ids), token)
 
     @precondition(lambda self: self.running)
     @rule(which=st.integers(0, MAX_SEQS), token=st.integers(0, 1))
@@ -190,7 +190,7 @@ def test_a_page_gets_its_name_when_its_last_token_is_known():
     launch(cache, seq, 7)
     launch(cache, seq, 1)  # the eighth, which is still on the device
     assert len(cache.pools["full"].page_of) == 1
-    seq.token_ids.append(7)
+    seq.append(len(seq.token_ids), 7)
     cache.check_integrity()
     cache.release(seq)
     assert cache.match(sequence(list(range(9)))) == 8

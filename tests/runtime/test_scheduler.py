@@ -40,7 +40,7 @@ def collect(scheduler: Scheduler, step: Step, token: int = 1) -> list[Sequence]:
         seq = step.sequences[i]
         if seq.status is not Status.FINISHED:
             assert not seq.wants_prompt_logprobs
-            seq.token_ids.append(token)
+            seq.append(len(seq.token_ids), token)
             if seq.num_output == seq.max_tokens:
                 scheduler.finish(seq)
                 complete.append(seq)

@@ -86,7 +86,7 @@ def test_a_failed_step_ends_its_sequences_and_no_others(recall_in_flight, late):
 
 @pytest.mark.parametrize("look_for_new", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_whatever_happens_the_answers_are_those_of_an_engine_that_waits(recall_in_flight, look_for_new):
-    """Arrivals and aborts between steps, stops by token, several continuations, scores, preemption."""
+    """Arrivals and aborts between steps, stops by token, several continuations, scores, priorities, preemption."""
 
     @settings(max_examples=600 if look_for_new else 40, deadline=None, derandomize=not look_for_new)
     @given(st.data())
@@ -103,11 +103,13 @@ def same_answers(recall_in_flight, data):
     params = [
         SamplingParams(
             temperature=data.draw(st.sampled_from([0.0, 0.9])), seed=i, max_tokens=data.draw(st.integers(1, 12)), n=data.draw(st.integers(1, 2)),
-            stop_token_ids=data.draw(st.lists(st.integers(0, 96), max_size=30)), prompt_logprobs=data.draw(st.sampled_from([None, 0])), logprobs=0,
+            stop_token_ids=data.draw(st.lists(st.integers(0, 96), max_size=30)), prompt_logprobs=data.draw(st.sampled_from([None, 0])),
+            logprobs=data.draw(st.sampled_from([None, 0])),
         )
         for i in range(8)
     ]  # fmt: skip
     arrivals = sorted(data.draw(st.lists(st.integers(0, 12), min_size=8, max_size=8)))
+    priorities = data.draw(st.lists(st.integers(0, 1), min_size=8, max_size=8))
     aborts = data.draw(st.dictionaries(st.integers(1, 15), st.integers(0, 7), max_size=2))
     said = {}
     for overlap in (True, False):
@@ -116,7 +118,7 @@ def same_answers(recall_in_flight, data):
         while engine.has_work or step <= arrivals[-1]:
             for i in range(8):
                 if arrivals[i] == step:
-                    engine.add(Request(f"r{i}", prompts[i], params[i]))
+                    engine.add(Request(f"r{i}", prompts[i], params[i], priorities[i]))
             if step in aborts:
                 engine.abort(f"r{aborts[step]}")
             for d in engine.step():
