@@ -22,7 +22,7 @@ from .compiled_sampler import CompiledSampler
 from .cuda_graph import capture
 from .kv_cache import GroupInfo
 from .memory import MemoryPlan
-from .padding import padded
+from .padding import captured_sizes, padded
 from .protocol import ExecutorInfo
 from .sampler import Sampler
 from .staging import LaunchedStep, Staging
@@ -89,7 +89,7 @@ class Executor:
         self._pads = any(v.capture for v in forward)
         self._fixed: dict[str, torch.Tensor] = {}
         self._bound: OrderedDict[tuple[str, StepSize, int], BoundPlan] = OrderedDict()
-        self._captured: dict[tuple[str, int], _Captured] = {}  # by variant and T
+        self._captured: dict[tuple[str, int, int], _Captured] = {}  # by variant, T and S
         self._places: OrderedDict[tuple[int, int, int], tuple[Variant, StepSize]] = OrderedDict()
         self._capture(progress)
 
@@ -116,13 +116,13 @@ class Executor:
     def captured(self, size: StepSize) -> bool:
         """Whether a step of this size is replayed as a CUDA graph."""
         variant = self._variant(size)
-        return (variant.name, padded(size, variant).num_tokens) in self._captured
+        return (variant.name, *padded(size, variant)[:2]) in self._captured
 
     def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits at every row, those of padding too, and the tokens where a graph chose them."""
         assert batch.layout == self.layout, "the cache and the executor disagree about page tables"
         variant, _ = self._place(batch.size)
-        captured = self._captured.get((variant.name, batch.padded.num_tokens))
+        captured = self._captured.get((variant.name, *batch.padded[:2]))
         rest = self._bind(variant, batch.padded, 0 if captured is None else captured.num_entries)
         self._copy(batch.copies)
         self._staging.upload(batch)
@@ -179,13 +179,12 @@ class Executor:
 
     def _capture(self, progress: Progress) -> None:
         """Capture every variant at each of its sizes, largest first, so that the pool is allocated once."""
-        wanted = sorted(((t, v.decodes, v.name, v) for v in self._variants for t in v.capture), reverse=True, key=lambda w: w[:3])
+        wanted = sorted(((size, v.decodes, v.name, v) for v in self._variants for size in captured_sizes(v)), reverse=True, key=lambda w: w[:3])
         if not wanted:
             return
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        for i, (tokens, decodes, name, variant) in enumerate(wanted):
+        for i, (size, decodes, name, variant) in enumerate(wanted):
             progress("capture CUDA graphs", i / len(wanted))
-            size = padded(StepSize(tokens, 1, 1, 0), variant)
             self._staging.upload(self._staging.batch(StepSize(0, 0, 0, 0), size))
             count = len(variant.entries) if decodes else variant.num_before_rows()
             plan, token_ids = self._bind_part(variant, size, slice(0, count)), None
@@ -193,7 +192,7 @@ class Executor:
                 sampling = self._compiled_sampler.bind(plan.results[0], self.layout.fields(size), self._staging.buffer)
                 token_ids = sampling.results[0]
                 plan = BoundPlan((*plan.calls, *sampling.calls, self._staging.keep(token_ids)), sampling.results)
-            self._captured[name, tokens] = _Captured(capture(plan, pool, stream), count, token_ids)
+            self._captured[name, size.num_tokens, size.num_seqs] = _Captured(capture(plan, pool, stream), count, token_ids)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -6,7 +6,7 @@ from ingot.artifacts.plan import Arg, Entry, Grid, Value, Variant
 from ingot.compiler.variants import VariantSpec, variants
 from ingot.ops.target import Target
 from ingot.runtime.batch import StepLayout, StepSize
-from ingot.runtime.padding import padded
+from ingot.runtime.padding import captured_sizes, padded
 
 
 def variant(spec: VariantSpec) -> Variant:
@@ -36,7 +36,8 @@ def test_steps_with_prompts_are_padded_to_few_sizes(tokens):
         found = padded(size, taken)
         assert tokens <= found.num_tokens <= min(taken.max_tokens, max(16, tokens * 3 // 2 + 1))
         assert found.num_tokens in taken.capture or (tokens > 1024 and found.num_tokens < tokens * (1 + 1 / 15))
-        assert seqs <= found.num_seqs == min(found.num_tokens, 256)
+        assert seqs <= found.num_seqs == min(found.num_tokens, 8 if seqs <= 8 else 256)
+        assert found.num_tokens > 1024 or found._replace(num_rows=1, longest=0) in captured_sizes(taken)
         assert (found.num_rows, found.longest) == (min(row_bucket, taken.max_rows), 1024)
 
 
@@ -45,6 +46,8 @@ def test_the_sizes_are_few():
     assert captured == sorted(set(captured))
     assert len(captured) <= 20
     assert captured[-1] == 1024
+    assert sum(len(captured_sizes(v)) for v in PROMPTS) <= 40
+    assert all(len(captured_sizes(v)) == 1 for v in DECODE)
     assert len({padded(StepSize(t, 1, 1, 0), PROMPTS[-1]).num_tokens for t in range(1025, 8193)}) <= 48
 
 
