@@ -124,7 +124,7 @@ def captured(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     plans = {
         f"decode_{n}": msgspec.structs.replace(whole, name=f"decode_{n}", max_tokens=n, max_seqs=n, max_num_new=1, max_rows=n, capture=(n,)) for n in (4, 16)
     }
-    plans["tokens_512"] = msgspec.structs.replace(whole, capture=(16, 64))
+    plans["tokens_512"] = msgspec.structs.replace(whole, capture=(16, 64, 512))
     for graph, (spec,) in sampling_programs(vocab_size, torch.float32, 64):
         plans[spec.name] = plan(Outline.of(graph), spec.steps, spec.name, lambda call: Choice(None, (), "as its reference"))
     memory = plan_memory(opened, plans.values(), max_model_len=512, utilization=0.9, num_pages=1024)
@@ -141,10 +141,16 @@ ASKED = [
 ]
 
 
-def test_with_captured_steps(captured: Engine, artifact: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+def test_with_captured_steps(captured: Engine, artifact: Path, prompts: list[list[int]], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone and mixed with requests for more than tokens, which a graph does not know of."""
-    graphs = LLM.over(captured)
+    graphs, replayed = LLM.over(captured), set()
+    for key, graph in captured.executor._captured.items():
+        monkeypatch.setattr(graph.graph, "replay", lambda key=key, replay=graph.graph.replay: [replayed.add(key), replay()])
     assert [o.outputs[0].token_ids for o in graphs.generate(prompts[:5], GREEDY)] == expected[:5]
+    assert {seqs for variant, _, seqs in replayed if variant == "tokens_512"} == {8}
+    some = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[:12]
+    assert [o.outputs[0].token_ids for o in graphs.generate([prompts[i] for i in some], GREEDY)] == [expected[i] for i in some]
+    assert any(seqs > 8 for variant, _, seqs in replayed if variant == "tokens_512")
     short = sorted(prompts, key=len)[: len(ASKED)]
     for mine, plain in zip(graphs.generate(short, ASKED), LLM(artifact).generate(short, ASKED), strict=True):
         assert mine.outputs[0].token_ids == plain.outputs[0].token_ids
