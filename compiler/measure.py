@@ -31,11 +31,12 @@ class Stopwatch:
 
     def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
         self._call, self._device = call, device
-        of_sequences = "page_table" in call.args
-        if steps.max_num_new == 1:
-            situations = [{"context": c} for c in (CONTEXTS if of_sequences else (0,))]
+        if "page_table" not in call.args:
+            situations = [{"context": 0}]
+        elif steps.max_num_new == 1:
+            situations = [{"context": c} for c in CONTEXTS]
         else:
-            situations = [{"context": 0, "prompts": n} for n in (PROMPTS if of_sequences else PROMPTS[-1:])]
+            situations = [{"context": 0, "prompts": n} for n in PROMPTS]
         self._situations = [self._copied(*gate.arguments(call, steps, device, steps.max_tokens, seed=1, **s)) for s in situations]
 
     def _copied(self, inputs: dict[str, Any], sizes: dict[str, int]) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -262,7 +262,7 @@ class Engine:
         flows = state.flowing.take(rows) & self._texts.known.take(new) & step.sampled(step.num_tokens < step.end)
         deltas = self._flow(rows[flows], num_tokens[flows], new[flows])
         others = (~flows).nonzero()[0]
-        for row, token, known in zip(others.tolist(), new[others].tolist(), num_tokens[others].tolist(), strict=True):
+        for row, token, num_known in zip(others.tolist(), new[others].tolist(), num_tokens[others].tolist(), strict=True):
             seq = sampling[row]
             if seq.status is Status.FINISHED:
                 continue
@@ -274,7 +274,7 @@ class Engine:
                 wanted = seq.request.params.logprobs
                 if seq.request.params.ranked:
                     seq.score += logprobs[row]
-                deltas.others.append(self._append(seq, known, token, None if wanted is None else [logprob(row, wanted)]))
+                deltas.others.append(self._append(seq, num_known, token, None if wanted is None else [logprob(row, wanted)]))
         return deltas
 
     def _flow(self, rows: np.ndarray, num_tokens: np.ndarray, new: np.ndarray) -> Deltas:
@@ -284,11 +284,11 @@ class Engine:
         self._generated_tokens += len(new)
         return Deltas([], state.request_ids.take(rows).tolist(), state.index.take(rows).tolist(), new.tolist(), texts.take(new).tolist())
 
-    def _append(self, seq: Sequence, known: int, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
-        """One more token of `seq` after those `known`, and what follows from it."""
+    def _append(self, seq: Sequence, num_known: int, token: int, logprobs: list[TokenLogprob] | None) -> Delta:
+        """One more token of `seq` after the `num_known` it has, and what follows from it."""
         detokenizer, request = seq.detokenizer, seq.request
-        seq.append(known, token)
-        count = known + 1 - seq.num_prompt
+        seq.append(num_known, token)
+        count = num_known + 1 - seq.num_prompt
         self._generated_tokens += 1
         stops = token in seq.stop_ids
         text = "" if stops or detokenizer is None else detokenizer.feed(token)

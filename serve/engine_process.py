@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 
 from ingot.ops.errors import IngotError
 from ingot.ops.garbage import uncollected
@@ -48,24 +47,28 @@ def serve(engine: Engine, clients: Clients) -> None:
 
 def tell(engine: Engine, clients: Clients, deltas: Deltas, everybody: bool) -> None:
     """To each client the deltas of its requests, and how busy the engine is; with `everybody` also to those who have none."""
-    present = clients.everybody()
-    shares = defaultdict(Deltas, {present[0]: deltas} if len(present) == 1 else _divide(deltas, clients.owners))
+    shares = _divide(deltas, clients)
     for request_id in {d.request_id for d in deltas.others if d.finish_reason is not None}:
         if not engine.has(request_id):
             clients.forget(request_id)
     stats = engine.stats()
-    for client in present if everybody else shares:
+    for client in clients.everybody() if everybody else shares:
         clients.send(client, Step(shares[client], stats))
 
 
-def _divide(deltas: Deltas, owners: Mapping[str, Connection]) -> defaultdict[Connection, Deltas]:
-    """Of each client's requests."""
+def _divide(deltas: Deltas, clients: Clients) -> defaultdict[Connection, Deltas]:
+    """Of each client's requests; clients of none have no share."""
+    shares, present = defaultdict(Deltas), clients.everybody()
+    if len(present) == 1 and (deltas.request_ids or deltas.others):
+        shares[present[0]] = deltas
+        return shares
     rows: defaultdict[Connection, list[int]] = defaultdict(list)
-    for row, owner in enumerate(map(owners.__getitem__, deltas.request_ids)):
+    for row, owner in enumerate(map(clients.owners.__getitem__, deltas.request_ids)):
         rows[owner].append(row)
-    shares = defaultdict(Deltas, {client: deltas.take(share) for client, share in rows.items()})
+    for client, share in rows.items():
+        shares[client] = deltas.take(share)
     for delta in deltas.others:
-        shares[owners[delta.request_id]].others.append(delta)
+        shares[clients.owners[delta.request_id]].others.append(delta)
     return shares
 
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia import ampere
 from ..formats.integer import PANEL
 from ..kernel import Candidate, Operand
 from .activations import activate, tanh
-from .dequantize import MAGIC
+from .dequantize import MAGIC, nibble_pairs
 from .linear import PROGRAMS
 from .quantized_product import CHUNK, Product
 from .source import launch
@@ -28,22 +28,13 @@ MOST_STEPS = 32
 
 
 @gluon.jit
-def pairs(words, away, magic, Q: gl.constexpr, dtype: gl.constexpr):
-    """Nibbles Q and Q + 4 of words [...] → [..., 2], less `away`."""
-    both = ((words >> (4 * Q)) & 0x000F000F) | magic
-    low = both.to(gl.int16).to(dtype, bitcast=True) - away
-    high = (both >> 16).to(gl.int16).to(dtype, bitcast=True) - away
-    return gl.join(low, high)
-
-
-@gluon.jit
 def widened(words, away, magic, dtype: gl.constexpr):
     """Codes less `away` [RUNS · B, 16, 128 / RUNS] of words [B, 16, 4, RUNS, 4 / RUNS], a panel's chunks (layout "panels" of `formats.integer`); run r of
     chunk b is at r · B + b."""
     B: gl.constexpr = words.shape[0]
     RUNS: gl.constexpr = words.shape[3]
-    even = gl.join(pairs(words, away, magic, 0, dtype), pairs(words, away, magic, 2, dtype))
-    odd = gl.join(pairs(words, away, magic, 1, dtype), pairs(words, away, magic, 3, dtype))
+    even = gl.join(nibble_pairs(words, away, None, magic, 0, dtype), nibble_pairs(words, away, None, magic, 2, dtype))
+    odd = gl.join(nibble_pairs(words, away, None, magic, 1, dtype), nibble_pairs(words, away, None, magic, 3, dtype))
     # b, n, t, run, j, h, bits 1 and 0 of q → run, b, n, j, q, t, h
     return gl.join(even, odd).permute((3, 0, 1, 4, 6, 7, 2, 5)).reshape([RUNS * B, 16, 128 // RUNS])
 
@@ -236,7 +227,8 @@ def matrix_gemvs(one: Product) -> list[Candidate]:
         return []
     operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "weight", "scale", "zero", "bias", "residual")} | {
         "out": Operand(out=0), "magic": Operand(const=MAGIC[one.x.dtype])}  # fmt: skip
-    functions = [matrix_gemv_kernel, make_ready, finish, multiply, product, load_step, load_zeros, load_scales, load_words, widened, pairs, activate, tanh]
+    functions = [matrix_gemv_kernel, make_ready, finish, multiply, product, load_step, load_zeros, load_scales, load_words, widened, nibble_pairs,
+                 activate, tanh]  # fmt: skip
     constants = one.constants("BITS", "SCALE_ROWS", "X_GROUP", "PANEL") | {"EPS": one.call.args["eps"], "OFFSET": one.call.args["offset"]}
     panels, chunks = one.width // PANEL, -(-one.k // CHUNK)
     found = []
