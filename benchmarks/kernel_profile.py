@@ -1,6 +1,6 @@
 """Where a step's GPU time goes: every kernel of a plan, by name, from torch's profiler.
 
-    python benchmarks/kernel_profile.py CONFIG_DIR_OR_MODEL [--batch 1,16,64,256] [--prefill 1024,8192] [-o FILE.json]
+    python benchmarks/kernel_profile.py CONFIG_DIR_OR_MODEL [--batch 1,16,64,256] [--prefill 1024,8192] [--quantize fp8] [-o FILE.json]
 
 Decode steps are replays of the captured graph at `--context` cached tokens on shuffled pages; prefills of up to 1,024
 tokens too, larger ones are launched entry by entry.
@@ -79,9 +79,10 @@ def main() -> None:
     parser.add_argument("--batch", default="1,16,64,256")
     parser.add_argument("--prefill", default="1024,8192")
     parser.add_argument("--context", type=int, default=200)
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    built = compile_model(args.model, CompileOptions(dummy_weights=True))
+    built = compile_model(args.model, CompileOptions(dummy_weights=True, quantize=args.quantize))
     print(args.model, "compile seconds", built.report["seconds"])
     artifact = Artifact.open(built.path)
     plans = {name: artifact.plan(name) for name in artifact.manifest.variants}

@@ -100,6 +100,19 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
     decoding(engine, batch, 2 * (WARM + STEPS) + 32, temperature)
     whole, host, _ = steps(engine, with_events=False)
     _, _, idle = steps(engine, with_events=True)
+    end(engine)
+    return {
+        "step_us": round(statistics.mean(whole) * 1e6, 1),
+        "host_us": round(statistics.median(host) * 1e6, 1),
+        "idle_us": round(statistics.median(idle) * 1e6, 1),
+        "idle_us_p90": round(idle[len(idle) * 9 // 10] * 1e6, 1),
+    }
+
+
+def timeline(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
+    """Of some steps. Once torch's profiler has run, every later call of CUDA in the process is slower: nothing may be timed after this."""
+    engine = llm.engine
+    decoding(engine, batch, 32, temperature)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(8):
             engine.step()
@@ -108,20 +121,19 @@ def measure(llm: LLM, batch: int, temperature: float) -> dict[str, Any]:
     copies = [i for i, span in enumerate(spans) if "HtoD" in span[2]]
     starts, first = copies[2 : 3 + SHOWN], 2 + len(engine.cache.groups)  # after a copy in: input ids, page tables, the plan
     gaps = [sum(max(0.0, spans[j + 1][0] - spans[j][1]) for j in range(i - 1, i + first - 1)) for i in copies[2:]]
-    for request_id in list(engine._requests):
-        engine.abort(request_id)
-    while engine.has_work:
-        engine.step()
+    end(engine)
     return {
-        "batch": batch,
-        "step_us": round(statistics.mean(whole) * 1e6, 1),
-        "host_us": round(statistics.median(host) * 1e6, 1),
-        "idle_us": round(statistics.median(idle) * 1e6, 1),
-        "idle_us_p90": round(idle[len(idle) * 9 // 10] * 1e6, 1),
         "gaps_us": round(statistics.median(gaps), 1),
         "timeline": [[round(a - spans[starts[0]][0], 2), round(b - spans[starts[0]][0], 2), "copy" if n.startswith("Mem") else "kernel"]
                      for a, b, n in spans[starts[0] : starts[-1]]],
     }  # fmt: skip
+
+
+def end(engine: Engine) -> None:
+    for request_id in list(engine._requests):
+        engine.abort(request_id)
+    while engine.has_work:
+        engine.step()
 
 
 def plot(points: list[dict[str, Any]], title: str) -> str:
@@ -165,14 +177,16 @@ def main() -> None:
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     built = compile_model(args.model, CompileOptions(dummy_weights=args.model != "bundled"))
-    points = []
-    for overlap in (False, True):
-        llm = LLM(built.path, overlap=overlap, enable_prefix_caching=False, gpu_memory_utilization=0.4)
-        for batch in map(int, args.batch.split(",")):
-            points.append({"overlap": overlap} | measure(llm, batch, args.temperature))
-            print({k: v for k, v in points[-1].items() if k != "timeline"}, flush=True)
-        del llm
-        torch.cuda.empty_cache()
+    points: list[dict[str, Any]] = [{"overlap": overlap, "batch": int(batch)} for overlap in (False, True) for batch in args.batch.split(",")]
+    for look in (measure, timeline):
+        for overlap in (False, True):
+            llm = LLM(built.path, overlap=overlap, enable_prefix_caching=False, gpu_memory_utilization=0.4)
+            for point in points:
+                if point["overlap"] is overlap:
+                    point |= look(llm, point["batch"], args.temperature)
+                    print({k: v for k, v in point.items() if k != "timeline"}, flush=True)
+            del llm
+            torch.cuda.empty_cache()
     points.sort(key=lambda p: (p["batch"], p["overlap"]))
     device = torch.cuda.get_device_name()
     if args.output is not None:

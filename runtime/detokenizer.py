@@ -71,13 +71,14 @@ class Detokenizer:
 class KnownTexts:
     """What the tokens that came so far add to a text between whole characters: `texts` by token id, where `known`.
 
-    Not known are tokens with parts of characters, tokens that stop a sequence, and negative ones, which are none.
+    Without a tokenizer no text has to be learned. Not known are tokens with parts of characters, tokens that stop a sequence, and negative ones, which are none.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._stops: set[int] = set()
         self.texts, self.known = np.full(vocab_size, "", object), np.zeros(vocab_size + 2, bool)  # the last two for 'logit_rules.NONE_LEFT' and its like
+        self.known[:vocab_size] = tokenizer is None
 
     def stop_at(self, token_ids: frozenset[int]) -> None:
         """Some sequence ends with each of them."""
@@ -87,6 +88,6 @@ class KnownTexts:
 
     def learn(self, token_id: int) -> None:
         """It came."""
-        if not self.known[token_id] and token_id not in self._stops:
-            text = "" if self._tokenizer is None else self._tokenizer.texts[token_id]
+        if self._tokenizer is not None and not self.known[token_id] and token_id not in self._stops:
+            text = self._tokenizer.texts[token_id]
             self.texts[token_id], self.known[token_id] = text, text is not None
