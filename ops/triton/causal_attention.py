@@ -2,7 +2,7 @@
 
 One online softmax over blocks of keys (Dao et al. 2022), query heads of one kv head packed into a tile's rows. A block of keys is
 at most two pages, so that its addresses are two numbers and constants; blocks that every query sees are folded without a mask.
-Tiles that come last in the batch have the most keys before them and start first.
+Tiles that come last in the batch have the most keys before them and start first, those of all heads together, or the last head's would be waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from ..kernel import Call, Candidate, Operand, Steps, claims
 from ..target import SHARED_MEMORY_BYTES, Target
 from .attention import Tile
-from .ragged import tile_of, tiles_of
+from .ragged import tile_of, tile_of_rank, tiles_of
 from .source import launch, power_of_two, supported
 
 
@@ -61,14 +61,16 @@ def causal_attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_ta
                             BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     GROUP: tl.constexpr = H // K
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     LOG2E: tl.constexpr = 1.4426950408889634
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    place = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    kv_head = place % K
+    tile = tile_of_rank(place // K, cu_seqlens_q, seq_lens, num_seqs, BLOCK_Q, BLOCK_S)
     seq, start, begin = tile_of(tile, cu_seqlens_q, num_seqs, 1, BLOCK_Q, BLOCK_S)
     queries = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if begin < queries:
         length = tl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
         m = tl.arange(0, BLOCK_M)
@@ -143,7 +145,7 @@ def causal_attention(call: Call, steps: Steps, target: Target) -> list[Candidate
         block_q = t.m // group
         constants = {"H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "SCALE": args["scale"], "BLOCK_M": t.m, "BLOCK_N": t.n,
                      "BLOCK_S": power_of_two(steps.max_seqs + 1)}  # fmt: skip
-        one = launch(call, [causal_attention_kernel, tile_of, fold], operands, constants, (tiles_of(tokens, seqs, block_q), (kv_heads, 1)),
+        one = launch(call, [causal_attention_kernel, tile_of_rank, tile_of, fold], operands, constants, (tiles_of(tokens, seqs, block_q), (kv_heads, 1)),
                      num_warps=t.warps, num_stages=t.stages)  # fmt: skip
         found.append(Candidate(f"causal_{t}", (one,), rank=-1 + len(found) / 10))
     return found

@@ -22,6 +22,16 @@ def tile_of(tile, cu_seqlens_q, num_seqs, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def tile_of_rank(rank, cu_seqlens_q, seq_lens, num_seqs, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The tile that is `rank`th to begin: the batch's last one first, which has the most keys before it, then on to the first; after them those of sequences
+    that padding added. A token has one row."""
+    s = tl.arange(0, BLOCK_S)
+    some = tl.sum((tl.load(seq_lens + s, mask=s < num_seqs, other=0) > 0).to(tl.int32))
+    count = tl.load(cu_seqlens_q + some) // BLOCK + some
+    return tl.where(rank < count, count - 1 - rank, rank)
+
+
+@triton.jit
 def place_of(token, cu_seqlens_q, seq_lens, num_tokens, num_seqs, BLOCK_S: tl.constexpr, EXACT: tl.constexpr):
     """The sequence and the position of a token; −1 of one that no sequence has."""
     if EXACT:

@@ -7,6 +7,7 @@ Shah et al. 2024, section 3.1). Triton's interpreter knows no Gluon: these kerne
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -154,25 +155,26 @@ def consume(part: gl.constexpr, q_smem, k_smem, v_smem, k_full, v_full, k_free, 
 @gluon.jit
 def warpgroup_attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page_table, sinks, out, num_tokens, num_seqs, num_columns, H: gl.constexpr,
                                K: gl.constexpr, E: gl.constexpr, F: gl.constexpr, PAGE: gl.constexpr, SCALE: gl.constexpr, BLOCK_M: gl.constexpr,
-                               BLOCK_N: gl.constexpr, BLOCK_S: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+                               BLOCK_N: gl.constexpr, BLOCK_S: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     GROUP: gl.constexpr = H // K
     BLOCK_Q: gl.constexpr = BLOCK_M // GROUP
     UNIT: gl.constexpr = SCALE * 1.4426950408889634  # turns a score into units of log 2
     dtype: gl.constexpr = q.dtype.element_ty
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)
-    kv_head = gl.program_id(1)
-    # as `tile_of` of ragged.py
+    place = gl.program_id(0) + gl.program_id(1) * gl.num_programs(0)
+    kv_head = place % K
     s = gl.arange(0, BLOCK_S, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    tiles_before = gl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=0) // BLOCK_Q + s
-    seq = gl.sum(((s <= num_seqs) & (tiles_before <= tile)).to(gl.int32), 0) - 1
+    # as `tile_of_rank` and `tile_of` of ragged.py
+    starts = gl.load(cu_seqlens_q + s, mask=s <= num_seqs, other=0)
+    some = gl.sum((gl.load(seq_lens + s, mask=s < num_seqs, other=0) > 0).to(gl.int32), 0)
+    count = gl.load(cu_seqlens_q + some) // BLOCK_Q + some
+    tile = gl.where(place // K < count, count - 1 - place // K, place // K)
+    seq = gl.sum(((s <= num_seqs) & (starts // BLOCK_Q + s <= tile)).to(gl.int32), 0) - 1
     start = gl.load(cu_seqlens_q + seq)
     begin = (tile - start // BLOCK_Q - seq) * BLOCK_Q
     queries = gl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=num_tokens) - start
-    length = gl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
-    earliest = length - queries + begin
-    blocks = gl.where(begin < queries, (gl.minimum(length, earliest + BLOCK_Q) + BLOCK_N - 1) // BLOCK_N, 0)
-    pages = page_table + seq.to(gl.int64) * num_columns
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, E], gl.NVMMASharedLayout.get_default_for([BLOCK_N, E], dtype))
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, F], gl.NVMMASharedLayout.get_default_for([BLOCK_N, F], dtype))
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
@@ -184,20 +186,27 @@ def warpgroup_attention_kernel(q, k_cache, v_cache, cu_seqlens_q, seq_lens, page
         hopper.mbarrier.init(v_full.index(stage), count=128)
         hopper.mbarrier.init(k_free.index(stage), count=2)
         hopper.mbarrier.init(v_free.index(stage), count=2)
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
-    row = (start + begin + m // GROUP).to(gl.int64) * H + kv_head * GROUP + m % GROUP
-    valid = (m < BLOCK_Q * GROUP) & (begin + m // GROUP < queries)
-    h = gl.load(q + row[:, None] * E + gl.arange(0, E, layout=gl.SliceLayout(0, q_layout))[None, :], mask=valid[:, None], other=0.0)
-    q_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, E], gl.NVMMASharedLayout.get_default_for([BLOCK_M, E], dtype), h)
-    hopper.fence_async_shared()
-    gl.thread_barrier()
-    gl.warp_specialize([
-        (consume, (0, q_smem, k_smem, v_smem, k_full, v_full, k_free, v_free, sinks, out, start, begin, queries, earliest, blocks, length, kv_head, H, K, F,
-                   UNIT, BLOCK_M, BLOCK_N, STAGES)),
-        (consume, (1, q_smem, k_smem, v_smem, k_full, v_full, k_free, v_free, sinks, out, start, begin, queries, earliest, blocks, length, kv_head, H, K, F,
-                   UNIT, BLOCK_M, BLOCK_N, STAGES)),
-        (produce, (k_smem, v_smem, k_full, v_full, k_free, v_free, k_cache, v_cache, pages, blocks, length, kv_head, K, E, F, PAGE, BLOCK_N, STAGES)),
-    ], [4, 4], [216, 72])  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if begin < queries:
+        length = gl.load(seq_lens + seq, mask=seq < num_seqs, other=0)
+        earliest = length - queries + begin
+        blocks = (gl.minimum(length, earliest + BLOCK_Q) + BLOCK_N - 1) // BLOCK_N
+        pages = page_table + seq.to(gl.int64) * num_columns
+        m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
+        row = (start + begin + m // GROUP).to(gl.int64) * H + kv_head * GROUP + m % GROUP
+        valid = (m < BLOCK_Q * GROUP) & (begin + m // GROUP < queries)
+        h = gl.load(q + row[:, None] * E + gl.arange(0, E, layout=gl.SliceLayout(0, q_layout))[None, :], mask=valid[:, None], other=0.0)
+        q_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, E], gl.NVMMASharedLayout.get_default_for([BLOCK_M, E], dtype), h)
+        hopper.fence_async_shared()
+        gl.thread_barrier()
+        gl.warp_specialize([
+            (consume, (0, q_smem, k_smem, v_smem, k_full, v_full, k_free, v_free, sinks, out, start, begin, queries, earliest, blocks, length, kv_head, H, K, F,
+                       UNIT, BLOCK_M, BLOCK_N, STAGES)),
+            (consume, (1, q_smem, k_smem, v_smem, k_full, v_full, k_free, v_free, sinks, out, start, begin, queries, earliest, blocks, length, kv_head, H, K, F,
+                       UNIT, BLOCK_M, BLOCK_N, STAGES)),
+            (produce, (k_smem, v_smem, k_full, v_full, k_free, v_free, k_cache, v_cache, pages, blocks, length, kv_head, K, E, F, PAGE, BLOCK_N, STAGES)),
+        ], [4, 4], [216, 72])  # fmt: skip
 
 
 TILE = Tile(128, 128, 4, 4)
