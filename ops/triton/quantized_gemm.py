@@ -87,19 +87,27 @@ def tiles(product: Product, wanted: Tiles) -> list[Tile]:
     return apart + found if -(-product.width // found[0].n) <= PROGRAMS else found + apart
 
 
+Parts = tuple[dict[str, Operand], dict[str, None], tuple[Tensor, ...]]
+
+
+def parts_of_sums(product: Product, split: int, tickets: int, scratch: tuple[Tensor, ...] = ()) -> Parts:
+    """What `finish_tile` needs where `split` programs have parts of a sum: operands, constants that stand for them if there is one, and scratch behind that
+    which there is."""
+    if split == 1:
+        return {}, {"partial": None, "tickets": None}, scratch
+    size = product_of(product.tokens, split * (2 if product.act else 1))
+    operands = {"partial": Operand(scratch=len(scratch)), "tickets": Operand(scratch=len(scratch) + 1)}
+    return operands, {}, (*scratch, Tensor(torch.float32, (size, product.width)), Tickets(torch.int32, (tickets,)))
+
+
 def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[str, Operand], constants: Mapping[str, Any], t: Tile,
          before: tuple[Launch, ...] = (), scratch: tuple[Tensor, ...] = ()) -> Candidate:  # fmt: skip
     """The candidate of a tile: the launches `before`, which leave `scratch`, and one of the first of `functions`."""
     tokens, width = product.tokens, product.width
     blocks = {"BLOCK_N": t.n, "BLOCK_M": t.m, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split, "THREADS": 32 * t.warps,
               "PREFETCH": prefetched(product.k, product.weights.bits, t.split, t.n, t.k) if t.m <= 64 else 0, **constants}  # fmt: skip
-    shared = {"partial": Operand(scratch=len(scratch)), "tickets": Operand(scratch=len(scratch) + 1)} if t.split > 1 else {}
-    if shared:
-        count = -(-product.rows // t.m) * -(-width // t.n)
-        scratch = (*scratch, Tensor(torch.float32, (product_of(tokens, t.split * (2 if product.act else 1)), width)), Tickets(torch.int32, (count,)))
-    else:
-        blocks |= {"partial": None, "tickets": None}
-    operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **shared, "num_rows": Operand(size=tokens)}
-    one = launch(product.call, [*functions, tile_at, *FINISH_TILE, prefetch_rows], operands, blocks,
+    parts, absent, scratch = parts_of_sums(product, t.split, -(-product.rows // t.m) * -(-width // t.n), scratch)
+    operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **parts, "num_rows": Operand(size=tokens)}
+    one = launch(product.call, [*functions, tile_at, *FINISH_TILE, prefetch_rows], operands, blocks | absent,
                  ((tokens, t.m), (width, t.n), (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
     return Candidate(f"gemm_{t}", (*before, one), scratch)

@@ -1,7 +1,7 @@
 """Products with quantized weights: every way that suits a call, of those that the files beside this one hold.
 
 A row alone: a GEMV (`matrix_gemv`, `quantized_gemv`). Activations that are rounded: codes times codes (`scaled_gemm`), generated or the library's.
-Others: weights widened in registers (`weight_only_gemm`), or dequantized as a whole for the library (`dequantize`).
+Others: weights widened in registers (`weight_only_gemm`, `warpgroup_gemm`), or dequantized as a whole for the library (`dequantize`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .matrix_gemv import matrix_gemvs
 from .quantized_gemv import gemvs
 from .quantized_product import Product
 from .scaled_gemm import library, scaled_gemms
+from .warpgroup_gemm import warpgroup_gemms
 from .weight_only_gemm import weight_only_gemms
 
 
@@ -32,7 +33,7 @@ def quantized_linear(call: Call, steps: Steps, target: Target) -> list[Candidate
     if product.codes is not None:
         return alone + _of_codes(product, rank, most)
     found = alone + [replace(c, rank=rank + i / 10) for i, c in enumerate(weight_only_gemms(product)[:most])]
-    return found + dequantized(product) if product.rows > 64 else found
+    return warpgroup_gemms(product) + found + dequantized(product) if product.rows > 64 else found
 
 
 @claims("glu_quantized_linear", "triton")

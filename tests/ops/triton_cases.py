@@ -509,9 +509,9 @@ def quantized_linear_cases():
         ("int4_group64_zero", "none", 1, 96, 330, {"act": "gelu_tanh", "norm": True}),
         ("int4_channel", "none", 5, 32, 330, {}),
         ("int4_group64", "none", 5, 32, 1100, {}),
-        ("int4_group32_zero", "none", 12, 96, 1100, {"act": "silu"}),
-        ("int4_group128", "none", 9, 160, 2100, {"residual": True}),
-        ("int4_channel", "none", 16, 48, 1100, {"bias": True}),
+        ("int4_group32_zero", "none", 200, 288, 1100, {"act": "silu"}),
+        ("int4_group128", "none", 130, 272, 2100, {"residual": True}),
+        ("int4_group64_zero", "none", 70, 528, 420, {"bias": True}),
     ]  # fmt: skip
     return {f"{form}-{activation}-{t}-{'-'.join(extra)}": quantized_case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
 
