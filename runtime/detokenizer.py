@@ -71,7 +71,8 @@ class Detokenizer:
 class KnownTexts:
     """What the tokens that came so far add to a text between whole characters: `texts` by token id, where `known`.
 
-    Without a tokenizer no text has to be learned. Not known are tokens with parts of characters, tokens that stop a sequence, and negative ones, which are none.
+    Without a tokenizer no text has to be learned. Not known are tokens with parts of characters, tokens that stop a sequence, and negative ones, which are
+    none.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
