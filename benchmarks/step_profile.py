@@ -177,9 +177,9 @@ def main() -> None:
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     built = compile_model(args.model, CompileOptions(dummy_weights=args.model != "bundled"))
-    points: list[dict[str, Any]] = [{"overlap": overlap, "batch": int(batch)} for overlap in (False, True) for batch in args.batch.split(",")]
+    points: list[dict[str, Any]] = [{"overlap": overlap, "batch": int(batch)} for overlap in (True, False) for batch in args.batch.split(",")]
     for look in (measure, timeline):
-        for overlap in (False, True):
+        for overlap in (True, False):
             llm = LLM(built.path, overlap=overlap, enable_prefix_caching=False, gpu_memory_utilization=0.4)
             for point in points:
                 if point["overlap"] is overlap:
