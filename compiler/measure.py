@@ -16,8 +16,6 @@ from ingot.ops.kernel import Call, Candidate, Steps
 
 CONTEXTS = (1024, 192)
 """Cached tokens of the longest sequence where attention of a decode step is timed: on long ones memory decides, on short ones latency."""
-SKEWED = (8192, 192)
-"""Cached tokens of one sequence, and of the others at most, in a third such step: none of the others should wait for the one."""
 PROMPTS = (1, 3)
 """Sequences of a step with prompts, which have no cached tokens: one that fills it has other work for each tile than several."""
 MAX_COPIES = 15
@@ -37,7 +35,6 @@ class Stopwatch:
             situations = [{"context": 0}]
         elif steps.max_num_new == 1:
             situations = [{"context": c} for c in CONTEXTS]
-            situations += [{"context": SKEWED[0], "others": SKEWED[1]}] if steps.max_seqs > 1 else []
         else:
             situations = [{"context": 0, "prompts": n} for n in PROMPTS]
         self._situations = [self._copied(*gate.arguments(call, steps, device, steps.max_tokens, seed=1, **s)) for s in situations]
