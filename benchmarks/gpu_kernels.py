@@ -113,14 +113,17 @@ def linear(model: str, name: str, op: str, rows: int, k: int, n: int) -> Problem
     return Problem(model, name, Call(op, args, (out,)), steps, {"T": rows}, nbytes, 2.0 * rows * wide * k, library=library)
 
 
-def batch(seqs: int, new: int, context: int) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """`seqs` sequences with `new` new tokens each that end at `context`, on shuffled pages."""
-    width = -(-context // PAGE)
-    pages = torch.randperm(seqs * width).view(seqs, width)
-    place = torch.arange(context - new, context)
-    slots = (pages[:, place // PAGE] * PAGE + place % PAGE).flatten()
-    values = {"cu_seqlens_q": torch.arange(seqs + 1) * new, "seq_lens": torch.full((seqs,), context), "page_table": pages, "slot_mapping": slots}
-    sizes = {"T": seqs * new, "S": seqs, "P_full": width, "N_full": seqs * width}
+def batch(seqs: int, new: int, context: int, longest: int = 0) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """`seqs` sequences with `new` new tokens each that end at `context`, the first at `longest` if that is given, on shuffled pages."""
+    lens = torch.tensor([longest or context] + [context] * (seqs - 1))
+    held = (lens + PAGE - 1) // PAGE
+    width, count = int(held.max()), int(held.sum())
+    pages = torch.zeros(seqs, width, dtype=torch.long)
+    pages[torch.arange(width) < held[:, None]] = torch.randperm(count)
+    place = lens[:, None] - new + torch.arange(new)
+    slots = (pages.gather(1, place // PAGE) * PAGE + place % PAGE).flatten()
+    values = {"cu_seqlens_q": torch.arange(seqs + 1) * new, "seq_lens": lens, "page_table": pages, "slot_mapping": slots}
+    sizes = {"T": seqs * new, "S": seqs, "P_full": width, "N_full": count}
     return sizes, {n: v.to(I32).cuda() for n, v in values.items()}
 
 
@@ -145,9 +148,9 @@ def attention(model: str, m: Model, seqs: int, new: int, context: int) -> Proble
     return Problem(model, f"attention {seqs}x{new}@{context}", Call("paged_attention", args, (q,)), steps, sizes, nbytes, flops, values, library)
 
 
-def decode_attention(model: str, m: Model, seqs: int, context: int) -> Problem:
-    """A decode step's attention with all that goes before it: head norms, rotation, the new key and value into their page."""
-    sizes, values = batch(seqs, 1, context)
+def decode_attention(model: str, m: Model, seqs: int, context: int, longest: int = 0) -> Problem:
+    """A decode step's attention with all that goes before it: head norms, rotation, the new key and value into their page. One sequence may be longer."""
+    sizes, values = batch(seqs, 1, context, longest)
     cache, table = Tensor(BF16, (N, m.kv_heads, PAGE, m.head_dim)), Tensor(F32, (T, m.head_dim))
     head = Tensor(BF16, (m.head_dim,)) if m.qk_norm else None
     args = {"qkv": Tensor(BF16, (T, (m.heads + 2 * m.kv_heads) * m.head_dim)), "cos": table, "sin": table, "q_weight": head, "k_weight": head,
@@ -155,9 +158,11 @@ def decode_attention(model: str, m: Model, seqs: int, context: int) -> Problem:
             "page_table": Tensor(I32, (S, P)), "sinks": None, "num_heads": m.heads, "num_kv_heads": m.kv_heads, "style": "neox", "eps": 1e-6, "offset": 0.0,
             "scale": m.head_dim**-0.5, "window": 0, "chunk": 0, "softcap": 0.0, "k_scale": None, "v_scale": None, "k_static": None,
             "v_static": None}  # fmt: skip
-    nbytes = 2.0 * m.head_dim * seqs * (2 * (context + 1) * m.kv_heads + 2 * m.heads)
+    keys = seqs * context + max(longest - context, 0)
+    nbytes = 2.0 * m.head_dim * (2 * (keys + seqs) * m.kv_heads + 2 * seqs * m.heads)
     call = Call("qkv_attention", args, (Tensor(BF16, (T, m.heads, m.head_dim)),))
-    return Problem(model, f"decode {seqs}@{context}", call, Steps(seqs, seqs, 1, seqs, True), sizes, nbytes, values=values)
+    name = f"decode {seqs}@{context}" + (f", one@{longest}" if longest else "")
+    return Problem(model, name, call, Steps(seqs, seqs, 1, seqs, True), sizes, nbytes, values=values)
 
 
 LATENT_HEADS = {"deepseek-v2-lite": 16, "deepseek-v3": 128}
@@ -205,6 +210,7 @@ def problems() -> list[Problem]:
         found += [linear(name, f"lm_head {rows}", "linear", rows, d, m.vocab) for rows in (1, 64)]
         found += [attention(name, m, 1, 1, 1024), attention(name, m, 64, 1, 1024), attention(name, m, 1, 1024, 1024), attention(name, m, 1, 8192, 8192)]
         found += [decode_attention(name, m, seqs, context) for seqs in (1, 16, 64, 256) for context in (160, 1024)]
+        found += [decode_attention(name, m, seqs, 160, longest=16384) for seqs in (16, 256)]
     return found
 
 
