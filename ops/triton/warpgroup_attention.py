@@ -18,6 +18,7 @@ from .attention import Tile
 from .causal_attention import is_plain, operands_of
 from .ragged import tiles_of
 from .source import launch, power_of_two
+from .warpgroups import arrived, let_go
 
 
 @gluon.jit
@@ -57,20 +58,6 @@ def softmax(scores, top, total, UNIT: gl.constexpr):
     weights = gl.exp2(scores * UNIT - origin[:, None])
     decay = gl.exp2(top * UNIT - origin)
     return weights, decay, higher, total * decay + gl.sum(weights, 1)
-
-
-@gluon.jit
-def arrived(full, turn):
-    """Wait until a block is in shared memory, where the matrix units see it."""
-    hopper.mbarrier.wait(full, turn)
-    hopper.fence_async_shared()
-
-
-@gluon.jit
-def let_go(free):
-    """All threads of this warpgroup have read the block."""
-    gl.thread_barrier()
-    hopper.mbarrier.arrive(free, count=1)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from .product_tile import FINISH_TILE, finish_tile, tile_at
 from .quantized_gemm import parts_of_sums
 from .quantized_product import Product
 from .source import launch
-from .warpgroup_attention import arrived, let_go
+from .warpgroups import arrived, let_go
 
 
 @gluon.jit
