@@ -215,7 +215,7 @@ def warpgroup_gemms(one: Product) -> list[Candidate]:
     width = 256 if one.act is None else 128
     blocks = one.constants("BITS", "SCALE_ROWS", "X_GROUP", "PANEL") | {"BLOCK_N": width, "BLOCK_M": ROWS, "STAGES": STAGES, "HEIGHT": HEIGHT}
     tiles = -(-one.rows // ROWS) * -(-one.width // width)
-    first = 256 <= one.rows <= 2048 or one.act is not None
+    first = 256 <= one.rows <= 2048 or one.act is not None  # where it is the fastest, as a rule: without a tuning table that decides
     found: list[Candidate] = []
     for split in dict.fromkeys((max(1, min(PROGRAMS // tiles, MOST_SPLITS)), 1)):
         parts, absent, scratch = parts_of_sums(one, split, 4 * tiles)  # a ticket for each 64 rows of the weight
