@@ -107,13 +107,13 @@ def tolerance(call: Call) -> float:
 
 def arguments(
     call: Call, steps: Steps, device: torch.device, tokens: int, seed: int, context: int = 80, prompts: int = 3,
-    drawn: Mapping[str, torch.Tensor] | None = None,
+    drawn: Mapping[str, torch.Tensor] | None = None, others: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
-    """Random arguments of a step of about `tokens` tokens, of at most so many prompts, after up to `context` cached ones a sequence, those `drawn` as
-    they are; and its sizes, those of the groups included.
+    """Random arguments of a step of about `tokens` tokens, of at most so many prompts, after up to `context` cached ones a sequence (but for the
+    first one up to `others`), those `drawn` as they are; and its sizes, those of the groups included.
     """
     sizes = step_sizes(steps, tokens, prompts)
-    inputs = random_inputs(call, steps, sizes, device, seed, context, drawn)
+    inputs = random_inputs(call, steps, sizes, device, seed, context, drawn, others)
     for name, arg in call.args.items():
         for d, n in zip(getattr(arg, "shape", ()), getattr(inputs[name], "shape", ()), strict=True):
             if isinstance(d, dict) and len(d) == 1 and not d.keys() & {"T", "S", "R"}:

@@ -16,6 +16,8 @@ from ingot.ops.kernel import Call, Candidate, Steps
 
 CONTEXTS = (1024, 192)
 """Cached tokens of the longest sequence where attention of a decode step is timed: on long ones memory decides, on short ones latency."""
+SKEWED = (8192, 192)
+"""Cached tokens of one sequence, and of the others at most, in a third such step: none of the others should wait for the one."""
 PROMPTS = (1, 3)
 """Sequences of a step with prompts, which have no cached tokens: one that fills it has other work for each tile than several."""
 MAX_COPIES = 15
@@ -35,6 +37,7 @@ class Stopwatch:
             situations = [{"context": 0}]
         elif steps.max_num_new == 1:
             situations = [{"context": c} for c in CONTEXTS]
+            situations += [{"context": SKEWED[0], "others": SKEWED[1]}] if steps.max_seqs > 1 else []
         else:
             situations = [{"context": 0, "prompts": n} for n in PROMPTS]
         self._situations = [self._copied(*gate.arguments(call, steps, device, steps.max_tokens, seed=1, **s)) for s in situations]
@@ -47,12 +50,13 @@ class Stopwatch:
         return [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))], sizes
 
     def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
-        """Of one run, the mean of the situations. `kernels`: one a launch, None for library calls."""
+        """Of one run, the geometric mean of the situations: what a short one loses counts as much as what a long one does. `kernels`: one a launch, None for
+        library calls."""
         times = []
         for copies, sizes in self._situations:
             runs = [gate.bind(candidate, self._call, inputs, sizes, kernels, inplace=True)[1] for inputs in copies]
             times.append(cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0]))
-        return statistics.mean(times)
+        return statistics.geometric_mean(times)
 
 
 def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:

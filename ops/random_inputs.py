@@ -34,13 +34,14 @@ def random_inputs(
     seed: int,
     context: int = 80,
     drawn: Mapping[str, torch.Tensor] | None = None,
+    others: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments by name. The first sequence has `context` cached tokens, others at most as many, on shuffled pages.
+    """Arguments by name. The first sequence has `context` cached tokens, others at most `others` (None: as many), on shuffled pages.
 
     Activations are N(0, 1), weights N(0, 1/K); what is `drawn` already stays as it is.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    batch = _batch(sizes, steps.page_size, context, generator)
+    batch = _batch(sizes, steps.page_size, context, context if others is None else others, generator)
     if isinstance(call.args.get("indices"), Tensor):
         batch["indices"] = _chosen(batch["positions"], int(batch["seq_lens"].max()), generator)
     groups = {n: batch["num_pages"] for n in _symbols(call) if n.startswith("N_")} | {n: batch["width"] for n in _symbols(call) if n.startswith("P_")}
@@ -54,22 +55,23 @@ def _symbols(call: Call) -> set[str]:
     return {n for t in tensors for d in t.shape if isinstance(d, dict) for n in d}
 
 
-def _batch(sizes: dict[str, int], page_size: int, context: int, generator: torch.Generator) -> dict[str, Any]:
+def _batch(sizes: dict[str, int], page_size: int, context: int, others: int, generator: torch.Generator) -> dict[str, Any]:
     tokens, seqs = sizes["T"], sizes["S"]
     cuts = torch.sort(torch.randperm(tokens - 1, generator=generator)[: seqs - 1] + 1).values if tokens > seqs else torch.arange(1, seqs)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), cuts, torch.tensor([tokens])])
-    cached = torch.randint(0, context + 1, (seqs,), generator=generator)
+    cached = torch.randint(0, others + 1, (seqs,), generator=generator)
     cached[0] = context
     lens = starts.diff() + cached
-    width = -(-int(lens.max()) // page_size) + 1
-    pages = torch.randperm(seqs * width, generator=generator).view(seqs, width)
+    width, held = -(-int(lens.max()) // page_size) + 1, (lens + page_size - 1) // page_size + 1
+    has, pages = torch.arange(width) < held[:, None], torch.zeros(seqs, width, dtype=torch.long)
+    pages[has] = torch.randperm(int(held.sum()), generator=generator)
     positions = torch.cat([torch.arange(int(c), int(n)) for c, n in zip(cached, lens, strict=True)])
     seq = torch.repeat_interleave(torch.arange(seqs), starts.diff())
     slots = pages[seq, positions // page_size] * page_size + positions % page_size
     return {
         "cu_seqlens_q": starts, "seq_lens": lens, "page_table": pages, "slot_mapping": slots, "positions": positions,
-        "state_slots": torch.randperm(seqs * width, generator=generator)[:seqs],
-        "num_pages": seqs * width, "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
+        "state_slots": torch.randperm(int(held.sum()), generator=generator)[:seqs],
+        "num_pages": int(held.sum()), "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
     }  # fmt: skip
 
 

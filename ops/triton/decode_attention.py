@@ -1,8 +1,8 @@
 """A decode step's attention in one kernel: head norms, rotation, the KV write, and paged attention split over the keys.
 
-A program takes one sequence, the query heads of one kv head and a share of the cached keys; the first share also brings the new
-key and value, from registers, and writes them to their page (Flash-Decoding, Dao et al. 2023). Cached keys were written by earlier
-steps, so their way to L2 begins before this step's projection has ended.
+A program takes one sequence, the query heads of one kv head and a part of the cached keys; the first part also brings the new key and value, from registers,
+and writes them to their page (Flash-Decoding, Dao et al. 2023). Sequences that are much longer than the others have more parts, which each program finds from
+the lengths alone. Cached keys were written by earlier steps, so that the first of a part are asked for before this step's projection has ended.
 """
 
 from __future__ import annotations
@@ -15,30 +15,169 @@ import triton
 import triton.language as tl
 
 from ..chain import chain
-from ..dims import product
+from ..dims import plus, product
 from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants, claims
 from ..quantize import LARGEST
 from ..target import Target
 from .activations import tanh
-from .attention import PROGRAMS, combine, combine_kernel, most_splits
+from .attention import PROGRAMS, most_splits
 from .kv_cache import CACHES, scale_constants
-from .prefetch import prefetch_rows
 from .quantize import row_scale, to_eight_bits
 from .rotary import rotation, style_constants
 from .source import FLOATS, launch, power_of_two, supported
-from .tickets import is_last
+from .tickets import is_last_of
 
 
 @triton.jit
-def head_rows(base, own, partner, sign, c, s, weight, mask, turns, E: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):
-    """Heads at `base` [M, 1] of E columns, normalized if there is a weight, then rotated, in float32 [M, BLOCK_E]."""
+def cached(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """(first, number after the last) of the cached keys that the newest token of a sequence of `length` sees."""
+    high = tl.maximum(length - 1, 0)
+    low = high * 0
+    if WINDOW > 0:
+        low = tl.maximum(high - WINDOW + 1, 0)
+    if CHUNK > 0:
+        low = tl.maximum(low, high // CHUNK * CHUNK)
+    return low, high
+
+
+@triton.jit
+def cached_of_all(seq_lens, num_seqs, EXTRA: tl.constexpr, FEWEST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Cached keys of each sequence [BLOCK_S], and how many of them a part has at most, so that EXTRA parts would do for all: a multiple of 16, and at least
+    FEWEST, which need not be split."""
+    s = tl.arange(0, BLOCK_S)
+    low, high = cached(tl.load(seq_lens + s, mask=s < num_seqs, other=0), WINDOW, CHUNK)
+    keys = high - low
+    return keys, tl.maximum(((tl.sum(keys) + EXTRA - 1) // EXTRA + 15) // 16 * 16, FEWEST)
+
+
+@triton.jit
+def extra_parts(keys, most, token, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of each sequence [BLOCK_S] the number of parts beyond its own SPLITS, where a part has at most `most` keys; and of those of all before `token`."""
+    more = tl.maximum((keys + most - 1) // most - SPLITS, 0)
+    return more, tl.sum(tl.where(tl.arange(0, BLOCK_S) < token, more, 0))
+
+
+@triton.jit
+def part_of(item, seq_lens, num_seqs, SPLITS: tl.constexpr, EXTRA: tl.constexpr, FEWEST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+            BLOCK_S: tl.constexpr):  # fmt: skip
+    """(sequence, its length, which part of it, how many it has, keys of a part) of an item; nothing to do if it has no such part.
+
+    The first EXTRA items are for sequences that are longer than SPLITS parts may be; after them, each sequence has SPLITS items of its own.
+    """
+    own = item - EXTRA
+    token = own // SPLITS
+    part = own % SPLITS
+    length = tl.load(seq_lens + token, mask=own >= 0, other=0)
+    low, high = cached(length, WINDOW, CHUNK)
+    most = 1 << 30
+    if EXTRA > 0:  # noqa: SIM102 (decided when this is compiled)
+        if (own < 0) | (high - low > SPLITS * FEWEST):
+            keys, most = cached_of_all(seq_lens, num_seqs, EXTRA, FEWEST, WINDOW, CHUNK, BLOCK_S)
+            if own < 0:
+                part = SPLITS
+                if tl.max(keys) > SPLITS * most:
+                    more, _ = extra_parts(keys, most, 0, SPLITS, BLOCK_S)
+                    token = tl.sum((tl.cumsum(more, 0) <= item).to(tl.int32))
+                    part += item - tl.sum(tl.where(tl.arange(0, BLOCK_S) < token, more, 0))
+                    length = tl.load(seq_lens + token, mask=token < num_seqs, other=0)
+                    low, high = cached(length, WINDOW, CHUNK)
+    share = tl.minimum(((high - low + SPLITS - 1) // SPLITS + 15) // 16 * 16, most)
+    return token, length, part, tl.maximum((high - low + share - 1) // tl.maximum(share, 1), 1), share
+
+
+@triton.jit
+def load_heads(base, own, partner, mask, turns):
+    """Heads at `base` [M, 1], and what each element is rotated with, in float32 [M, BLOCK_E]."""
     h = tl.load(base + own, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(base + partner, mask=mask & turns, other=0.0).to(tl.float32)
+    return h, tl.load(base + partner, mask=mask & turns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turned(h, p, own, partner, sign, c, s, weight, mask, turns, E: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):
+    """Heads of E columns as `load_heads` has them, normalized if there is a weight, then rotated."""
     if weight is not None:
         rstd = tl.rsqrt(tl.sum(h * h, 1) / E + EPS)[:, None]
         h *= rstd * (tl.load(weight + own, mask=mask, other=0.0).to(tl.float32) + OFFSET)
         p *= rstd * (tl.load(weight + partner, mask=mask & turns, other=0.0).to(tl.float32) + OFFSET)
     return tl.where(turns, h * c + p * (s * sign), h)
+
+
+@triton.jit
+def load_keys(k_cache, v_cache, k_scale, v_scale, pages, kv_head, begin, high, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAGE: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr):  # fmt: skip
+    """Keys `begin` … high − 1, at most BLOCK_N, as [BLOCK_E, BLOCK_N], their values [BLOCK_N, BLOCK_F], the scales of both, and which of them there are."""
+    e = tl.arange(0, BLOCK_E)
+    f = tl.arange(0, BLOCK_F)
+    n = begin + tl.arange(0, BLOCK_N)
+    there = n < high
+    place = n.to(tl.uint32)  # divided as a signed number, each key would take registers of its own
+    row = (tl.load(pages + place // PAGE, mask=there, other=0).to(tl.int64) * K + kv_head) * PAGE + place % PAGE
+    k = tl.load(k_cache + row[None, :] * E + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0)
+    v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0)
+    k_by = there
+    v_by = there
+    if k_scale is not None:
+        k_by = tl.load(k_scale + row, mask=there, other=0.0)
+        v_by = tl.load(v_scale + row, mask=there, other=0.0)
+    return k, v, k_by, v_by, there
+
+
+@triton.jit
+def fold_keys(q, size, acc, top, total, unit, k, v, k_by, v_by, there, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr):
+    """Fold keys and values as `load_keys` has them into (acc, top, total); `unit`: of acc, the largest scale of a value so far."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    scores = tl.dot(q, k.to(q.dtype))
+    if SCALED:
+        scores *= size[:, None] * k_by[None, :]
+    if SOFTCAP > 0:
+        scores = SOFTCAP * LOG2E * tanh(scores * (SCALE / SOFTCAP))
+    else:
+        scores *= SCALE * LOG2E
+    scores = tl.where(there[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    origin = tl.where(higher == float("-inf"), 0.0, higher)  # of a part without keys
+    p = tl.exp2(scores - origin[:, None])
+    decay = tl.exp2(top - origin)
+    total = total * decay + tl.sum(p, 1)
+    v = v.to(q.dtype)
+    if SCALED:
+        larger = tl.maximum(unit, tl.max(v_by, 0))
+        v *= (v_by * (1.0 / larger)).to(q.dtype)[:, None]  # v and not p: so v is widened before it is transposed, and not byte by byte
+        decay *= unit * (1.0 / larger)
+        unit = larger
+    return tl.dot(p.to(q.dtype), v, acc * decay[:, None]), higher, total, unit
+
+
+@triton.jit
+def combine_parts(partial, lse, sinks, out, token, head, first, first_extra, count, COUNT: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+                  SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr):  # fmt: skip
+    """COUNT ≤ BLOCK_H heads from `head` on of a token, whose `count` parts are SPLITS items from `first` on, the others from `first_extra` on; CHUNK at a time.
+    What other programs have stored comes from L2, and all of a chunk's at once: each way there and back takes as long as does another head's."""
+    h = tl.arange(0, BLOCK_H)
+    f = tl.arange(0, BLOCK_F)
+    acc = tl.zeros([BLOCK_H, BLOCK_F], tl.float32)
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    if sinks is not None:
+        top = tl.load(sinks + head + h, mask=h < COUNT, other=0.0).to(tl.float32) * 1.4426950408889634
+        total += 1.0
+    for begin in range(0, count, CHUNK):
+        part = begin + tl.arange(0, CHUNK)
+        item = part + tl.where(part < SPLITS, first, first_extra - SPLITS)
+        at = item.to(tl.int64)[None, :] * H + head + h[:, None]
+        mask = (part < count)[None, :] & (h < COUNT)[:, None]
+        size = tl.load(lse + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        values = tl.load(partial + at[:, :, None] * F + f[None, None, :], mask=mask[:, :, None] & (f < F)[None, None, :], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(size, 1))
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(size - origin[:, None])
+        decay = tl.exp2(top - origin)
+        total = total * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 1)
+        top = higher
+    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+    rows = token * H + head + h
+    tl.store(out + rows[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=(h < COUNT)[:, None] & (f < F)[None, :])
 
 
 @triton.jit
@@ -53,151 +192,140 @@ def eight_bit_row(h, static, head, dtype: tl.constexpr, STATIC: tl.constexpr, LA
 
 @triton.jit
 def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, k_static, v_static, slot_mapping, seq_lens, page_table,
-                            sinks, out, partial, lse, tickets, num_columns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
+                            sinks, out, partial, lse, tickets, num_seqs, num_columns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
                             PAGE: tl.constexpr, STATIC: tl.constexpr, K_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, R: tl.constexpr, TABLE: tl.constexpr,
                             STYLE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
                             CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                            BLOCK_F: tl.constexpr, SPLITS: tl.constexpr, CHUNK_S: tl.constexpr, BLOCK_H: tl.constexpr, THREADS: tl.constexpr,
-                            PDL: tl.constexpr):  # fmt: skip
-    """With SPLITS > 1, `partial` is [T, H, SPLITS, F] of normalized partial results and `lse` [T, H, SPLITS] their log2-sum-exp2.
-
-    With `tickets` [T, K], the last program of a kv head combines them to `out`.
-    """
+                            BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, EXTRA: tl.constexpr, FEWEST: tl.constexpr,
+                            CHUNK_S: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Of sequences in several parts, `partial` [EXTRA + T · SPLITS, H, F] are the parts' normalized results by item and `lse` [EXTRA + T · SPLITS, H] their
+    log2-sum-exp2; the last program of a sequence's parts to end, by `tickets` [T, K], combines them to `out`."""
     GROUP: tl.constexpr = H // K
     LOG2E: tl.constexpr = 1.4426950408889634
+    SCALED: tl.constexpr = k_scale is not None
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    position = tl.load(seq_lens + token) - 1  # −1: a padding row
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(position - WINDOW + 1, 0)
-    if CHUNK > 0:
-        low = tl.maximum(low, tl.maximum(position, 0) // CHUNK * CHUNK)
-    share = ((position - low + SPLITS - 1) // SPLITS + 15) // 16 * 16
-    low += split * share
-    high = tl.minimum(position, low + share)
-    pages = page_table + token * num_columns
-    e = tl.arange(0, BLOCK_E)
-    f = tl.arange(0, BLOCK_F)
-    if PDL:
-        first = low + tl.arange(0, BLOCK_N)
-        ahead = (tl.load(pages + first // PAGE, mask=first < high, other=0).to(tl.int64) * K + kv_head) * PAGE + first % PAGE
-        if low < high:
-            prefetch_rows(k_cache + ahead * E, BLOCK_N, E * k_cache.dtype.element_ty.primitive_bitwidth // 8, THREADS)
-            prefetch_rows(v_cache + ahead * F, BLOCK_N, F * v_cache.dtype.element_ty.primitive_bitwidth // 8, THREADS)
-        tl.extra.cuda.gdc_wait()
-    own, partner, sign, column = rotation(e, R, STYLE, HALF)
-    turns = (e < R)[None, :]
-    own = tl.where(e < R, own, e)[None, :]
-    partner = partner[None, :]
-    sign = sign[None, :]
-    c = tl.load(cos + token * TABLE + column, mask=e < R, other=1.0).to(tl.float32)[None, :]
-    s = tl.load(sin + token * TABLE + column, mask=e < R, other=0.0).to(tl.float32)[None, :]
-    m = tl.arange(0, BLOCK_M)
-    head = kv_head * GROUP + m
-    valid = m < GROUP
-    wide = (e < E)[None, :]
-    start = qkv + token * ((H + K) * E + K * F)
-    q = head_rows(start + head[:, None] * E, own, partner, sign, c, s, q_weight, valid[:, None] & wide, turns, E, EPS, OFFSET)
-    if k_scale is not None:
-        size = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
-        q = (q / size[:, None]).to(tl.float16)
-    else:
-        q = q.to(qkv.dtype.element_ty)
-    unit = tl.full([], 1e-30, tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if split == 0:
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    seq, length, part, count, share = part_of(item, seq_lens, num_seqs, SPLITS, EXTRA, FEWEST, WINDOW, CHUNK, BLOCK_S)
+    if part < count:
+        token = seq.to(tl.int64)
+        position = length - 1  # −1: a padding row
+        low, high = cached(length, WINDOW, CHUNK)
+        low += part * share
+        high = tl.minimum(high, low + share)
+        pages = page_table + token * num_columns
+        k, v, k_by, v_by, there = load_keys(k_cache, v_cache, k_scale, v_scale, pages, kv_head, low, high, K, E, F, PAGE, BLOCK_N, BLOCK_E, BLOCK_F)
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # for this step's projection, while the first keys are on their way
+        e = tl.arange(0, BLOCK_E)
+        f = tl.arange(0, BLOCK_F)
+        own, partner, sign, column = rotation(e, R, STYLE, HALF)
+        turns = (e < R)[None, :]
+        own = tl.where(e < R, own, e)[None, :]
+        partner = partner[None, :]
+        sign = sign[None, :]
+        m = tl.arange(0, BLOCK_M)
+        head = kv_head * GROUP + m
+        valid = m < GROUP
+        wide = (e < E)[None, :]
+        start = qkv + token * ((H + K) * E + K * F)
+        # all that is read from memory, before the first of it is used
         one = tl.zeros([1, 1], tl.int32)
-        k_new = head_rows(start + (H + kv_head) * E + one, own, partner, sign, c, s, k_weight, wide, turns, E, EPS, OFFSET)
-        v_new = tl.load(start + (H + K) * E + kv_head * F + f[None, :], mask=(f < F)[None, :], other=0.0).to(tl.float32)
-        slot = tl.load(slot_mapping + token).to(tl.int64)
-        place = (slot // PAGE * K + kv_head) * PAGE + slot % PAGE + one
-        if k_scale is not None:
-            k_new, k_by = eight_bit_row(k_new, k_static, kv_head, k_cache.dtype.element_ty, STATIC, K_LARGEST)
-            v_new, v_by = eight_bit_row(v_new, v_static, kv_head, v_cache.dtype.element_ty, STATIC, V_LARGEST)
-            tl.store(k_scale + place, k_by, mask=slot >= 0)
-            tl.store(v_scale + place, v_by, mask=slot >= 0)
+        brings = one + part == 0  # the first part has the new key and value
+        q, q_partner = load_heads(start + head[:, None] * E, own, partner, valid[:, None] & wide, turns)
+        k_new, k_partner = load_heads(start + (H + kv_head) * E + one, own, partner, wide & brings, turns)
+        v_new = tl.load(start + (H + K) * E + kv_head * F + one + f[None, :], mask=(f < F)[None, :] & brings, other=0.0).to(tl.float32)
+        c = tl.load(cos + token * TABLE + column, mask=e < R, other=1.0).to(tl.float32)[None, :]
+        s = tl.load(sin + token * TABLE + column, mask=e < R, other=0.0).to(tl.float32)[None, :]
+        q = turned(q, q_partner, own, partner, sign, c, s, q_weight, valid[:, None] & wide, turns, E, EPS, OFFSET)
+        size = valid
+        if SCALED:
+            size = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
+            q = (q / size[:, None]).to(tl.float16)
         else:
-            k_new = k_new.to(k_cache.dtype.element_ty)
-            v_new = v_new.to(v_cache.dtype.element_ty)
-        tl.store(k_cache + place * E + e[None, :], k_new, mask=wide & (slot >= 0))
-        tl.store(v_cache + place * F + f[None, :], v_new, mask=(f < F)[None, :] & (slot >= 0))
-        if position >= 0:
-            top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
-            if k_scale is not None:
-                top *= size * tl.sum(k_by)
-                unit = tl.maximum(unit, tl.sum(v_by))
-            if SOFTCAP > 0:
-                top = SOFTCAP * LOG2E * tanh(top * (SCALE / SOFTCAP))
+            q = q.to(qkv.dtype.element_ty)
+        unit = tl.full([], 1e-30, tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        if part == 0:
+            k_new = turned(k_new, k_partner, own, partner, sign, c, s, k_weight, wide, turns, E, EPS, OFFSET)
+            slot = tl.load(slot_mapping + token).to(tl.int64)
+            place = (slot // PAGE * K + kv_head) * PAGE + slot % PAGE + one
+            if SCALED:
+                new_key, new_key_by = eight_bit_row(k_new, k_static, kv_head, k_cache.dtype.element_ty, STATIC, K_LARGEST)
+                new_value, new_value_by = eight_bit_row(v_new, v_static, kv_head, v_cache.dtype.element_ty, STATIC, V_LARGEST)
+                tl.store(k_scale + place, new_key_by, mask=slot >= 0)
+                tl.store(v_scale + place, new_value_by, mask=slot >= 0)
             else:
-                top *= SCALE * LOG2E
-            total += 1.0
-            acc += v_new.to(tl.float32)
-    for begin in range(low, high, BLOCK_N):
-        n = begin + tl.arange(0, BLOCK_N)
-        there = n < high
-        row = (tl.load(pages + n // PAGE, mask=there, other=0).to(tl.int64) * K + kv_head) * PAGE + n % PAGE
-        k = tl.load(k_cache + row[None, :] * E + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0).to(q.dtype)
-        v = tl.load(v_cache + row[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0).to(q.dtype)
-        scores = tl.dot(q, k)
-        if k_scale is not None:
-            scores *= size[:, None] * tl.load(k_scale + row, mask=there, other=0.0)[None, :]
-        if SOFTCAP > 0:
-            scores = SOFTCAP * LOG2E * tanh(scores * (SCALE / SOFTCAP))
-        else:
-            scores *= SCALE * LOG2E
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(top - higher)
-        total = total * decay + tl.sum(p, 1)
-        if v_scale is not None:
-            scale = tl.load(v_scale + row, mask=there, other=0.0)
-            larger = tl.maximum(unit, tl.max(scale, 0))
-            v *= (scale * (1.0 / larger)).to(q.dtype)[:, None]  # v and not p: so v is widened before it is transposed, and not byte by byte
-            decay *= unit * (1.0 / larger)
-            unit = larger
-        acc = tl.dot(p.to(q.dtype), v, acc * decay[:, None])
-        top = higher
-    if v_scale is not None:
-        acc *= unit
-    at = token * H + head
-    if SPLITS > 1:
-        at = at * SPLITS + split
-        tl.store(lse + at, top + tl.log2(total), mask=valid)
-        acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(partial + at[:, None] * F + f[None, :], acc, mask=(valid & (total > 0.0))[:, None] & (f < F)[None, :])
-        if tickets is not None:  # noqa: SIM102 (decided when this is compiled)
-            if is_last(tickets + token * K + kv_head, SPLITS):
+                new_key = k_new.to(k_cache.dtype.element_ty)
+                new_value = v_new.to(v_cache.dtype.element_ty)
+            tl.store(k_cache + place * E + e[None, :], new_key, mask=wide & (slot >= 0))
+            tl.store(v_cache + place * F + f[None, :], new_value, mask=(f < F)[None, :] & (slot >= 0))
+            if position >= 0:
+                top = tl.sum(q.to(tl.float32) * new_key.to(tl.float32), 1)
+                if SCALED:
+                    top *= size * tl.sum(new_key_by)
+                    unit = tl.maximum(unit, tl.sum(new_value_by))
+                if SOFTCAP > 0:
+                    top = SOFTCAP * LOG2E * tanh(top * (SCALE / SOFTCAP))
+                else:
+                    top *= SCALE * LOG2E
+                total += 1.0
+                acc += new_value.to(tl.float32)
+        acc, top, total, unit = fold_keys(q, size, acc, top, total, unit, k, v, k_by, v_by, there, SCALE, SOFTCAP, SCALED)
+        for begin in range(low + BLOCK_N, high, BLOCK_N):
+            keys = load_keys(k_cache, v_cache, k_scale, v_scale, pages, kv_head, begin, high, K, E, F, PAGE, BLOCK_N, BLOCK_E, BLOCK_F)
+            acc, top, total, unit = fold_keys(q, size, acc, top, total, unit, keys[0], keys[1], keys[2], keys[3], keys[4], SCALE, SOFTCAP, SCALED)
+        if SCALED:
+            acc *= unit
+        if SPLITS + EXTRA > 1 and count > 1:
+            at = item.to(tl.int64) * H + head
+            tl.store(lse + at, top + tl.log2(total), mask=valid)
+            acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(partial + at[:, None] * F + f[None, :], acc, mask=valid[:, None] & (f < F)[None, :])
+            if is_last_of(tickets + token * K + kv_head, count):
+                first_extra = 0
+                if EXTRA > 0:  # noqa: SIM102 (decided when this is compiled)
+                    if count > SPLITS:
+                        keys, most = cached_of_all(seq_lens, num_seqs, EXTRA, FEWEST, WINDOW, CHUNK, BLOCK_S)
+                        _, first_extra = extra_parts(keys, most, seq, SPLITS, BLOCK_S)
                 for mine in tl.static_range(0, GROUP, BLOCK_H):
-                    one_of = kv_head * GROUP + mine
-                    combine(partial, lse, sinks, out, token * H + one_of, one_of, min(BLOCK_H, GROUP - mine), F, SPLITS, CHUNK_S, BLOCK_H, BLOCK_F)
-    else:
-        if sinks is not None:
-            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
-            higher = tl.maximum(top, sink)
-            decay = tl.exp2(top - higher)
-            total = total * decay + tl.exp2(sink - higher)
-            acc *= decay[:, None]
-        acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out + at[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
+                    combine_parts(partial, lse, sinks, out, token, kv_head * GROUP + mine, EXTRA + seq * SPLITS, first_extra, count,
+                                  min(BLOCK_H, GROUP - mine), H, F, SPLITS, CHUNK_S, BLOCK_H, BLOCK_F)  # fmt: skip
+        else:
+            if sinks is not None:
+                sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
+                higher = tl.maximum(top, sink)
+                decay = tl.exp2(top - higher)
+                total = total * decay + tl.exp2(sink - higher)
+                acc *= decay[:, None]
+            acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+            at = token * H + head
+            tl.store(out + at[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None] & (f < F)[None, :])
 
 
 # keys a block, warps, pipeline stages: a warp that has all keys of a block for itself waits for no other, and many such programs fit on a multiprocessor
-TILES = ((32, 1, 4), (64, 2, 4), (128, 4, 2), (32, 1, 5))
+TILES = ((32, 1, 4), (64, 2, 4), (64, 1, 4), (128, 4, 2))
+FEWEST = 256
+"""Keys that one program may have, whatever the others have."""
 HEADS_AT_ONCE = 4
 """Of one kv head, that the last program combines together."""
 
 
 def _splits(steps: Steps, kv_heads: int) -> list[int]:
-    """Programs a (sequence, kv head): four times as many as fill the GPU, so that sequences of unlike lengths even out; a half, or a quarter of that."""
+    """Programs a (sequence, kv head): four times as many as fill the GPU, so that those of one multiprocessor even out; a half, or a quarter of that."""
     most = most_splits(steps.max_seqs * kv_heads, 4 * PROGRAMS)
     return [s for s in (most, most // 2, most // 4) if s > 0]
+
+
+def _extra(steps: Steps, kv_heads: int, splits: int) -> int:
+    """How many parts long sequences may have beyond their own: half as many as all have, or as keep the GPU busy alone. None where a sequence's result must not
+    depend on the others."""
+    if steps.deterministic or steps.max_seqs == 1:
+        return 0
+    return min(steps.max_seqs * splits // 2, 2 * PROGRAMS // kv_heads)
 
 
 def _in_one(call: Call, steps: Steps) -> list[Candidate]:
@@ -210,41 +338,32 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
     if not steps.exact or steps.max_num_new != 1 or qkv.dtype == torch.float32 or block_m * block_f > 64 * 256:
         return []
     inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "seq_lens", "page_table", "sinks")}
-    functions = [decode_attention_kernel, combine, is_last, eight_bit_row, row_scale, to_eight_bits, head_rows, rotation, prefetch_rows, tanh]
+    functions = [decode_attention_kernel, combine_parts, is_last_of, fold_keys, load_keys, eight_bit_row, row_scale, to_eight_bits, turned, load_heads, part_of,
+                 extra_parts, cached_of_all, cached, rotation, tanh]  # fmt: skip
 
-    def one(splits: int, tile: tuple[int, int, int], apart: bool = False) -> Candidate:
-        """`apart`: partial results are combined by a launch of their own."""
-        block_n, warps, stages = tile
+    def one(splits: int, block_n: int, warps: int, stages: int) -> Candidate:
+        extra = _extra(steps, kv_heads, splits)
         constants: dict[str, Any] = {
             "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "EPS": args["eps"], "OFFSET": args["offset"], "SCALE": args["scale"],
             "WINDOW": args["window"], "CHUNK": args["chunk"], "SOFTCAP": args["softcap"], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e,
-            "BLOCK_F": block_f, "SPLITS": splits, "THREADS": 32 * warps,
+            "BLOCK_F": block_f, "BLOCK_S": power_of_two(steps.max_seqs), "SPLITS": splits, "EXTRA": extra, "FEWEST": FEWEST,
         } | scale_constants(call) | style_constants(args["style"], args["cos"].shape[-1])  # fmt: skip
         # partial results that the last program has at once, in a quarter of its registers: the next ones are on their way in another
-        constants |= {"BLOCK_H": block_h, "CHUNK_S": min(splits, max(1, 2048 * warps // (block_h * block_f)))}
+        constants |= {"BLOCK_H": block_h, "CHUNK_S": min(power_of_two(splits + extra), max(1, 2048 * warps // (block_h * block_f)))}
         scratch: tuple[Tensor, ...] = ()
         results = {"out": Operand(out=0)}
-        if splits > 1:
-            parts = product(tokens, heads * splits)
-            scratch = (Tensor(torch.float32, (parts, f)), Tensor(torch.float32, (parts,)))
-            results = ({} if apart else results) | {"partial": Operand(scratch=0), "lse": Operand(scratch=1)}
-            if not apart:
-                scratch += (Tickets(torch.int32, (product(tokens, kv_heads),)),)
-                results["tickets"] = Operand(scratch=2)
-        constants |= {p: None for p in ("out", "partial", "lse", "tickets") if p not in results}
-        operands = inputs | results | {"num_columns": Operand(size=args["page_table"].shape[1])}
-        grid = ((tokens, 1), (kv_heads, 1), (splits, 1))
-        launches = [launch(call, functions, operands, constants, grid, scratch=scratch, num_warps=warps, num_stages=stages)]
-        if apart:
-            combined = {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "sinks": Operand(arg="sinks"), "out": Operand(out=0)}
-            small = {"H": heads, "F": f, "SPLITS": splits, "BLOCK_F": block_f}
-            launches.append(launch(call, [combine_kernel, combine], combined, small, ((tokens, 1), (heads, 1)), scratch=scratch))
-        name = f"one_n{block_n}_w{warps}_s{stages}" + (f"_split{splits}" if splits > 1 else "") + ("_apart" if apart else "")
-        return Candidate(name, tuple(launches), scratch)
+        if splits + extra > 1:
+            parts = plus(product(tokens, heads * splits), heads * extra)
+            scratch = (Tensor(torch.float32, (parts, f)), Tensor(torch.float32, (parts,)), Tickets(torch.int32, (product(tokens, kv_heads),)))
+            results |= {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "tickets": Operand(scratch=2)}
+        constants |= {p: None for p in ("partial", "lse", "tickets") if p not in results}
+        operands = inputs | results | {"num_seqs": Operand(size=tokens), "num_columns": Operand(size=args["page_table"].shape[1])}
+        grid = ((kv_heads, 1), (plus(product(tokens, splits), extra), 1))
+        this = launch(call, functions, operands, constants, grid, scratch=scratch, num_warps=warps, num_stages=stages)
+        name = f"one_n{block_n}_w{warps}_s{stages}" + (f"_split{splits}" if splits > 1 else "")
+        return Candidate(name, (this,), scratch)
 
-    splits = _splits(steps, kv_heads)
-    found = [one(s, tile) for i, s in enumerate(splits) for tile in TILES[: 4 - i]]
-    found += [one(splits[0], TILES[0], apart=True)] if splits[0] > 1 else []
+    found = [one(s, *tile) for s in _splits(steps, kv_heads) for tile in TILES]
     return [replace(c, rank=i / 20) for i, c in enumerate(found)]
 
 

@@ -17,3 +17,13 @@ def is_last(ticket, COUNT: tl.constexpr):
     if last:
         tl.store(ticket, 0)
     return last
+
+
+@triton.jit
+def is_last_of(ticket, count):
+    """`is_last` of a number of programs that is known when they run."""
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(ticket, 0)
+    return last

@@ -242,6 +242,8 @@ def qkv_attention_cases():
         "ragged": case(Batch((0, 70, 33), (19, 1, 7), 2), "neox", 4, 2, 32, 32, 32, exact=False),
         "fp8": case(decode, "neox", 4, 2, 32, 64, 32, max_seqs=500, dtype=FP8),
         "int8_words": case(decode, "neox", 4, 2, 32, 64, 32, max_seqs=20, dtype=INT8),
+        "skewed": case(Batch((1500, 3, 0, 20, 31, 0), (1, 1, 1, 1, 1, 0)), "neox", 4, 2, 32, 32, 32, max_seqs=200),
+        "skewed_window": case(Batch((1500, 3, 0, 20, 650, 9, 40), (1,) * 7), "neox", 4, 2, 32, 32, 32, max_seqs=500, window=1100, sinks=True),
         "int8_split_all": case(decode, "neox", 6, 2, 40, 24, 24, norms=False, max_seqs=20, window=50, softcap=5.0, sinks=True, dtype=INT8, static=(1, 1)),
     }
 
