@@ -4,7 +4,8 @@
 
 Decode steps are replays of the captured graph at `--context` cached tokens on shuffled pages; prefills of up to 1,024
 tokens too, larger ones are launched entry by entry.
-"busy" is the sum of the kernels' times, "span" the time from the first kernel's start to the last one's end.
+"busy_us" is the sum of the kernels' times, which overlap where one waits for another; "event_us" a step's time among steps that follow each other without the
+host between them. All steps are timed before the first is profiled: once torch's profiler has run, every later call of CUDA in the process is slower.
 """
 
 from __future__ import annotations
@@ -49,25 +50,28 @@ def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> S
     return batch
 
 
-def measure(executor: Executor, batch: StepBatch) -> dict[str, Any]:
-    for _ in range(3):
-        executor.logits(batch)
-    torch.cuda.synchronize()
-    whole = event_seconds(lambda: executor.logits(batch), REPEATS)
+def step_seconds(executor: Executor, batch: StepBatch, in_a_row: int) -> float:
+    """Of one of several steps in a row, the first of which waits for the host."""
+
+    def steps() -> None:
+        for _ in range(in_a_row):
+            executor.logits(batch)
+
+    steps()
+    return event_seconds(steps, REPEATS) / in_a_row
+
+
+def kernels_of(executor: Executor, batch: StepBatch) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(REPEATS):
             executor.logits(batch)
         torch.cuda.synchronize()
     kernels: dict[str, list[float]] = {}
-    spans: list[tuple[float, float]] = []
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem"):
             kernels.setdefault(event.name[:70], []).append(event.time_range.elapsed_us())
-            spans.append((event.time_range.start, event.time_range.end))
-    spans.sort()
     rows = sorted(((sum(t) / REPEATS, len(t) / REPEATS, name) for name, t in kernels.items()), reverse=True)
     return {
-        "event_us": round(whole * 1e6, 1),
         "busy_us": round(sum(r[0] for r in rows), 1),
         "kernels": [{"name": n, "us": round(t, 1), "count": c, "us_each": round(t / c, 2)} for t, c, n in rows],
     }
@@ -88,15 +92,21 @@ def main() -> None:
     plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
     memory = plan_memory(artifact, plans.values(), max_model_len=16384, utilization=0.9, num_pages=None)
     executor = Executor(artifact, plans, memory)
-    found = {}
+    points = [(kind, n) for kind, sizes in (("decode", args.batch), ("prefill", args.prefill)) for n in map(int, filter(None, sizes.split(",")))]
+    found: dict[str, dict[str, Any]] = {}
+
+    def step(kind: str, n: int) -> StepBatch:
+        return batch_of(executor, n, 1, args.context) if kind == "decode" else batch_of(executor, 1, n, 0)
+
     with torch.inference_mode():
-        for kind, sizes in (("decode", args.batch), ("prefill", args.prefill)):
-            for n in map(int, filter(None, sizes.split(","))):
-                batch = batch_of(executor, n, 1, args.context) if kind == "decode" else batch_of(executor, 1, n, 0)
-                r = found[f"{kind} {n}"] = measure(executor, batch)
-                print(f"\n{kind} {n}: event {r['event_us']} µs, busy {r['busy_us']} µs")
-                for k in r["kernels"][:11]:
-                    print(f"  {k['us']:9.1f} µs  {k['count']:6.1f} × {k['us_each']:8.2f}  {k['name']}")
+        for kind, n in points:
+            found[f"{kind} {n}"] = {"event_us": round(step_seconds(executor, step(kind, n), 20 if kind == "decode" else 2) * 1e6, 1)}
+        for kind, n in points:
+            r = found[f"{kind} {n}"]
+            r |= kernels_of(executor, step(kind, n))
+            print(f"\n{kind} {n}: event {r['event_us']} µs, busy {r['busy_us']} µs")
+            for k in r["kernels"][:11]:
+                print(f"  {k['us']:9.1f} µs  {k['count']:6.1f} × {k['us_each']:8.2f}  {k['name']}")
     if args.output is not None:
         args.output.write_text(json.dumps({"model": args.model, "device": torch.cuda.get_device_name(), "points": found}, indent=1) + "\n")
 
