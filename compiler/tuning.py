@@ -55,9 +55,15 @@ class Table:
         return f"{self.name} {self.digest[:16]}" if self.name else "measured" if measuring else "no table"
 
     def find(self, call: Call, steps: Steps, found: Sequence[Candidate]) -> tuple[Candidate, Tuned] | None:
-        """The candidate to take, when these candidates were measured before."""
+        """The candidate to take, when these candidates were measured before. TuningError where the table names one that there is not: someone edited it."""
         entry = self.entries.get(fingerprint(call, steps, found)) if self.entries else None
-        return None if entry is None else (next(c for c in found if c.name == entry.candidate), entry)
+        if entry is None:
+            return None
+        named = [c for c in found if c.name == entry.candidate]
+        if not named:
+            known = ", ".join(sorted(c.name for c in found))
+            raise TuningError(f"{self.name} wants {entry.candidate!r} for {entry.call}, for which there are {known}; measure it again with `ingot tune --add`")
+        return named[0], entry
 
 
 def table_for(target: Target) -> Table:

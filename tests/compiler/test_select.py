@@ -155,6 +155,12 @@ def test_a_table_cannot_get_a_wrong_kernel_past_the_gate(family: list[Candidate]
     assert all("takes 0 0.5 for ingot.rms_norm: error" in r for r in chosen.rejected)
 
 
+def test_a_table_that_names_a_kernel_that_is_not_there_is_an_error(family: list[Candidate]) -> None:
+    entries = {fingerprint(CALL, s.steps, family): Tuned("rms_norm T≤1", "takes 9 0", 1.0) for s in SPECS}
+    with pytest.raises(TuningError, match=r"a\.json wants 'takes 9 0' for rms_norm T≤1, for which there are takes 0 0, .*ingot tune --add"):
+        run(Compiler(), Table("a.json", "", entries))
+
+
 def test_when_no_kernel_is_right_nothing_is_chosen(family: list[Candidate]) -> None:
     family[:] = [candidate("0 1"), candidate("0 2")]
     with pytest.raises(GateError, match=r"takes 0 1 .* error .* takes 0 2"):
