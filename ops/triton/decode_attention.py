@@ -20,69 +20,12 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants
 from ..quantize import LARGEST
 from ..target import Target
 from .activations import tanh
-from .attention import PROGRAMS, most_splits
 from .kv_cache import CACHES, scale_constants
+from .parts import FEWEST, cached, cached_of_all, extra_items, extra_parts, part_of, splits_of
 from .quantize import row_scale, to_eight_bits
 from .rotary import rotation, style_constants
 from .source import FLOATS, launch, power_of_two, supported
 from .tickets import is_last_of
-
-
-@triton.jit
-def cached(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """(first, number after the last) of the cached keys that the newest token of a sequence of `length` sees."""
-    high = tl.maximum(length - 1, 0)
-    low = high * 0
-    if WINDOW > 0:
-        low = tl.maximum(high - WINDOW + 1, 0)
-    if CHUNK > 0:
-        low = tl.maximum(low, high // CHUNK * CHUNK)
-    return low, high
-
-
-@triton.jit
-def cached_of_all(seq_lens, num_seqs, EXTRA: tl.constexpr, FEWEST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Cached keys of each sequence [BLOCK_S], and how many of them a part has at most, so that EXTRA parts would do for all: a multiple of 16, and at least
-    FEWEST, which need not be split."""
-    s = tl.arange(0, BLOCK_S)
-    low, high = cached(tl.load(seq_lens + s, mask=s < num_seqs, other=0), WINDOW, CHUNK)
-    keys = high - low
-    return keys, tl.maximum(((tl.sum(keys) + EXTRA - 1) // EXTRA + 15) // 16 * 16, FEWEST)
-
-
-@triton.jit
-def extra_parts(keys, most, token, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of each sequence [BLOCK_S] the number of parts beyond its own SPLITS, where a part has at most `most` keys; and of those of all before `token`."""
-    more = tl.maximum((keys + most - 1) // most - SPLITS, 0)
-    return more, tl.sum(tl.where(tl.arange(0, BLOCK_S) < token, more, 0))
-
-
-@triton.jit
-def part_of(item, seq_lens, num_seqs, SPLITS: tl.constexpr, EXTRA: tl.constexpr, FEWEST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-            BLOCK_S: tl.constexpr):  # fmt: skip
-    """(sequence, its length, which part of it, how many it has, keys of a part) of an item; nothing to do if it has no such part.
-
-    The first EXTRA items are for sequences that are longer than SPLITS parts may be; after them, each sequence has SPLITS items of its own.
-    """
-    own = item - EXTRA
-    token = own // SPLITS
-    part = own % SPLITS
-    length = tl.load(seq_lens + token, mask=own >= 0, other=0)
-    low, high = cached(length, WINDOW, CHUNK)
-    most = 1 << 30
-    if EXTRA > 0:  # noqa: SIM102 (decided when this is compiled)
-        if (own < 0) | (high - low > SPLITS * FEWEST):
-            keys, most = cached_of_all(seq_lens, num_seqs, EXTRA, FEWEST, WINDOW, CHUNK, BLOCK_S)
-            if own < 0:
-                part = SPLITS
-                if tl.max(keys) > SPLITS * most:
-                    more, _ = extra_parts(keys, most, 0, SPLITS, BLOCK_S)
-                    token = tl.sum((tl.cumsum(more, 0) <= item).to(tl.int32))
-                    part += item - tl.sum(tl.where(tl.arange(0, BLOCK_S) < token, more, 0))
-                    length = tl.load(seq_lens + token, mask=token < num_seqs, other=0)
-                    low, high = cached(length, WINDOW, CHUNK)
-    share = tl.minimum(((high - low + SPLITS - 1) // SPLITS + 15) // 16 * 16, most)
-    return token, length, part, tl.maximum((high - low + share - 1) // tl.maximum(share, 1), 1), share
 
 
 @triton.jit
@@ -308,24 +251,8 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
 
 # keys a block, warps, pipeline stages: a warp that has all keys of a block for itself waits for no other, and many such programs fit on a multiprocessor
 TILES = ((32, 1, 4), (64, 2, 4), (64, 1, 4), (128, 4, 2))
-FEWEST = 256
-"""Keys that one program may have, whatever the others have."""
 HEADS_AT_ONCE = 4
 """Of one kv head, that the last program combines together."""
-
-
-def _splits(steps: Steps, kv_heads: int) -> list[int]:
-    """Programs a (sequence, kv head): four times as many as fill the GPU, so that those of one multiprocessor even out; a half, or a quarter of that."""
-    most = most_splits(steps.max_seqs * kv_heads, 4 * PROGRAMS)
-    return [s for s in (most, most // 2, most // 4) if s > 0]
-
-
-def _extra(steps: Steps, kv_heads: int, splits: int) -> int:
-    """How many parts long sequences may have beyond their own: half as many as all have, or as keep the GPU busy alone. None where a sequence's result must not
-    depend on the others."""
-    if steps.deterministic or steps.max_seqs == 1:
-        return 0
-    return min(steps.max_seqs * splits // 2, 2 * PROGRAMS // kv_heads)
 
 
 def _in_one(call: Call, steps: Steps) -> list[Candidate]:
@@ -342,7 +269,7 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
                  extra_parts, cached_of_all, cached, rotation, tanh]  # fmt: skip
 
     def one(splits: int, block_n: int, warps: int, stages: int) -> Candidate:
-        extra = _extra(steps, kv_heads, splits)
+        extra = extra_items(steps, kv_heads, splits)
         constants: dict[str, Any] = {
             "H": heads, "K": kv_heads, "E": e, "F": f, "PAGE": page_size, "EPS": args["eps"], "OFFSET": args["offset"], "SCALE": args["scale"],
             "WINDOW": args["window"], "CHUNK": args["chunk"], "SOFTCAP": args["softcap"], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e,
@@ -363,7 +290,7 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
         name = f"one_n{block_n}_w{warps}_s{stages}" + (f"_split{splits}" if splits > 1 else "")
         return Candidate(name, (this,), scratch)
 
-    found = [one(s, *tile) for s in _splits(steps, kv_heads) for tile in TILES]
+    found = [one(s, *tile) for s in splits_of(steps, kv_heads) for tile in TILES]
     return [replace(c, rank=i / 20) for i, c in enumerate(found)]
 
 
