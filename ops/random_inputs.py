@@ -62,16 +62,17 @@ def _batch(sizes: dict[str, int], page_size: int, context: int, others: int, gen
     cached = torch.randint(0, others + 1, (seqs,), generator=generator)
     cached[0] = context
     lens = starts.diff() + cached
-    width, held = -(-int(lens.max()) // page_size) + 1, (lens + page_size - 1) // page_size + 1
-    has, pages = torch.arange(width) < held[:, None], torch.zeros(seqs, width, dtype=torch.long)
-    pages[has] = torch.randperm(int(held.sum()), generator=generator)
+    held = (lens + page_size - 1) // page_size + 1
+    width, count = int(held.max()), int(held.sum())
+    pages = torch.zeros(seqs, width, dtype=torch.long)
+    pages[torch.arange(width) < held[:, None]] = torch.randperm(count, generator=generator)
     positions = torch.cat([torch.arange(int(c), int(n)) for c, n in zip(cached, lens, strict=True)])
     seq = torch.repeat_interleave(torch.arange(seqs), starts.diff())
     slots = pages[seq, positions // page_size] * page_size + positions % page_size
     return {
         "cu_seqlens_q": starts, "seq_lens": lens, "page_table": pages, "slot_mapping": slots, "positions": positions,
-        "state_slots": torch.randperm(int(held.sum()), generator=generator)[:seqs],
-        "num_pages": int(held.sum()), "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
+        "state_slots": torch.randperm(count, generator=generator)[:seqs],
+        "num_pages": count, "width": width, "pooling": torch.randint(0, 3, (seqs,), generator=generator),
     }  # fmt: skip
 
 
