@@ -39,13 +39,13 @@ from .call import dtype_name
 from .codegen.emit import Emitter
 from .inputs import Inputs, inputs_of, sha256
 from .outline import Outline
-from .pipeline import count, lower, lower_many_rows
+from .pipeline import Pass, count, lower, lower_further, passes_for
 from .plan import plan
 from .quantization import Request, choose_as, choose_online, dequantized, expert_formats, layers, num_elements, quantize_weights, with_activations
 from .sampling import sampling_programs
 from .select import Program, select, wanted_sources
 from .tuning import Table, table_for
-from .variants import LAST_CAPTURED, VariantSpec, embed_variants, page_size, variants
+from .variants import VariantSpec, embed_variants, page_size, variants
 from .warm_up import warm_up
 from .weights import bind, described, pack
 
@@ -324,16 +324,21 @@ class Job:
     @uncollected()
     def programs(self, graph: Graph) -> list[tuple[Outline, Program]]:
         """Every graph of the artifact with its variants: the lowered one, and what samples from its logits."""
-        outlines = [(Outline.of(g), specs) for g, specs in [*self.by_rows(graph), *self.sampling(graph)]]
+        outlines = [(Outline.of(g), specs) for g, specs in [*self.by_steps(graph), *self.sampling(graph)]]
         return [(outline, Program(outline.graph, outline.calls, specs)) for outline, specs in outlines]
 
-    def by_rows(self, graph: Graph) -> list[tuple[Graph, list[VariantSpec]]]:
-        """The lowered graph, and as many rows want it where that differs. Deterministic steps are of one graph, as they are of one variant."""
-        specs, wide = self.specs(), graph if self.options.deterministic else lower_many_rows(graph, self.target)
-        if wide is graph:
-            return [(graph, specs)]
-        few, many = ([s for s in specs if (s.steps.max_tokens > LAST_CAPTURED) is large] for large in (False, True))
-        return [(g, found) for g, found in ((graph, few), (wide, many)) if found]
+    def by_steps(self, graph: Graph) -> list[tuple[Graph, list[VariantSpec]]]:
+        """The lowered graph, and what some steps want instead, with their variants in order."""
+        graphs: dict[tuple[Pass, ...], Graph] = {}
+        found: list[tuple[Graph, list[VariantSpec]]] = []
+        for spec in self.specs():
+            passes = passes_for(spec.steps)
+            if passes not in graphs:
+                graphs[passes] = lower_further(graph, self.target, passes)
+            if not found or found[-1][0] is not graphs[passes]:
+                found.append((graphs[passes], []))
+            found[-1][1].append(spec)
+        return found
 
     def sampling(self, graph: Graph) -> list[tuple[Graph, list[VariantSpec]]]:
         """The entry point `sample`, on a GPU: a CPU's sampler decides by what it finds, which a plan cannot."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ingot.ops import Graph
 from ingot.ops.garbage import uncollected
+from ingot.ops.kernel import Steps
 from ingot.ops.target import Target
 
 from .passes.clean_views import clean_views
@@ -19,6 +20,7 @@ from .passes.fuse_norm_linear import fuse_norm_linear
 from .passes.fuse_residual import fuse_residual
 from .passes.fuse_rope_kv import fuse_rope_kv
 from .passes.fuse_router import fuse_router
+from .passes.gather_early import gather_early
 from .passes.group_regions import group_regions
 from .passes.merge_siblings import merge_siblings
 from .passes.quantize_experts import quantize_experts
@@ -26,6 +28,7 @@ from .passes.quantize_linears import quantize_linears
 from .passes.round_glu import round_glu
 from .passes.straighten_experts import straighten_experts
 from .passes.ungroup_columns import ungroup_columns
+from .variants import LAST_CAPTURED
 
 Pass = Callable[[Graph, Target], Graph]
 
@@ -47,8 +50,17 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_router,
     group_regions,  # last: what is still aten then, nothing else will compute
 )
+PROMPTS: tuple[Pass, ...] = (gather_early,)
+"""Beyond those, for steps in which a sequence has several tokens."""
 MANY_ROWS: tuple[Pass, ...] = (round_glu,)
 """Beyond those, for steps of more than `variants.LAST_CAPTURED` tokens. Fewer rows are better without: a generated product gates its own result."""
+
+
+def passes_for(steps: Steps) -> tuple[Pass, ...]:
+    """What the lowered graph goes through once more for such steps. Deterministic steps are of one graph, as they are of one variant."""
+    if steps.deterministic:
+        return ()
+    return (PROMPTS if steps.max_num_new > 1 else ()) + (MANY_ROWS if steps.max_tokens > LAST_CAPTURED else ())
 
 
 @uncollected()
@@ -65,9 +77,9 @@ def lower(graph: Graph, target: Target, dump: Path | None = None) -> tuple[Graph
     return graph, counts
 
 
-def lower_many_rows(graph: Graph, target: Target) -> Graph:
-    """Run MANY_ROWS on a lowered graph, which is returned itself where they change nothing."""
-    for run in MANY_ROWS:
+def lower_further(graph: Graph, target: Target, passes: Sequence[Pass]) -> Graph:
+    """Run passes on a lowered graph, which is returned itself where they change nothing."""
+    for run in passes:
         graph = run(graph, target)
         graph.verify()
     return graph

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ingot.ops import Graph
-from ingot.ops.graph import op_of
+from ingot.ops.rows import CASTS, row_operands
 
 _aten = torch.ops.aten
 _ingot = torch.ops.ingot
@@ -24,7 +25,6 @@ _NO_EFFECT = frozenset(
 _IDENTITIES = frozenset(
     {_aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.clone.default, _aten.lift_fresh_copy.default, _aten.dropout.default}
 )
-CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default, _aten.type_as.default})
 _IDENTITIES_IF_ALIKE = CASTS | {_aten.expand.default, _aten.slice.Tensor}
 _RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default})
 _RANGES = frozenset({_aten.arange.default, _aten.arange.start, _aten.arange.start_step})
@@ -137,23 +137,7 @@ def gather_logits_rows(graph: Graph) -> Graph:
 
 def _row_source(node: Any, tokens: str) -> fx.Node | None:
     """The only operand that has rows, if row t of `node` depends on row t of it alone and on no other result."""
-    if node.op != "call_function" or not isinstance(node.meta["val"], torch.Tensor) or len(node.users) != 1:
+    if not isinstance(node.meta["val"], torch.Tensor) or len(node.users) != 1 or node.target is operator.getitem:
         return None
-    operands = [n for n in node.all_input_nodes if tokens in {str(s) for v in _tensors(n.meta["val"]) for s in v.shape}]
-    if len(operands) != 1 or operands[0] is not node.args[0] or not isinstance(operands[0].meta["val"], torch.Tensor):
-        return None
-    (source,) = operands
-    if str(node.meta["val"].shape[0]) != tokens or str(source.meta["val"].shape[0]) != tokens:
-        return None
-    spec = op_of(node)
-    if spec is not None:
-        return source if spec.rowwise else None
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    keeps_rows = node.target is _aten.reshape.default and node.args[1][0] == -1
-    slices_columns = node.target is _aten.slice.Tensor and node.args[1] not in (0, -source.meta["val"].dim())
-    return source if pointwise or keeps_rows or slices_columns or node.target in CASTS else None
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return [v for v in values if isinstance(v, torch.Tensor)]
+    operands = row_operands(node, tokens) or []
+    return operands[0] if len(operands) == 1 and operands[0] is node.args[0] else None

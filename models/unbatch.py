@@ -13,8 +13,9 @@ from torch import fx
 
 from ingot.ops import Graph
 from ingot.ops.graph import op_of
+from ingot.ops.rows import CASTS
 
-from .canonical import CASTS, sizes
+from .canonical import sizes
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset({_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int})

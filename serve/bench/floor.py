@@ -8,8 +8,8 @@ and a recurrent state is read and written once (its arithmetic is not counted).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,8 +83,8 @@ class Floor:
     def of(cls, artifact: Artifact) -> Floor:
         """Read off the plan what a step computes; look up the device's rates, or measure them."""
         manifest = artifact.manifest
-        plan = artifact.plan(manifest.variants[0])
-        products, attention, other = _costs(plan, manifest)
+        plan, of_prompts = artifact.plan(manifest.variants[0]), artifact.plan(manifest.variants[-1])
+        products, attention, other = _costs(plan, manifest, _gathered(of_prompts))
         kinds = {p.codes for p in products} - {""}
         states = sum(g.bytes_per_unit for g in manifest.groups if g.kind == "slot")
         return cls(Rates.of(manifest.target.device, manifest.options.dtype, kinds), products, attention, other, states)
@@ -126,7 +126,14 @@ class Floor:
         return total
 
 
-def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tuple[Attention, ...], int]:
+def _gathered(plan: Variant) -> set[str]:
+    """Weights that a plan multiplies by no rows but those that logits are wanted of: those of the last layer, behind its attention."""
+    values = {v.name: v for v in plan.values}
+    nodes = {e.node for e in plan.entries if any(values[n].shape[:1] == ({"R": 1},) for n in e.outputs)}
+    return {values[n].root or n for e in plan.entries if e.node in nodes for a in e.args for n in a.names()}
+
+
+def _costs(plan: Variant, manifest: Manifest, gathered: Collection[str] = ()) -> tuple[tuple[Product, ...], tuple[Attention, ...], int]:
     values = {v.name: v for v in plan.values}
     weights, groups = {w.name: w for w in manifest.weights}, {g.name: g for g in manifest.groups}
     codes = {layer["node"]: layer["activation"].partition("_")[0].removeprefix("none") for layer in manifest.report.get("layers", ())}
@@ -143,7 +150,8 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
         multiplies, dims = entries[0].target.startswith(MULTIPLIES), 3 if entries[0].target.startswith(EXPERTS) else 2
         for weight in (weights[r] for r in sorted(roots) if r in weights):
             if multiplies and len(weight.shape) >= dims:
-                products.append(_product(weight, out, entries, values, codes.get(entries[0].node, "")))
+                made = _product(weight, out, entries, values, codes.get(entries[0].node, ""))
+                products.append(replace(made, rows=_of_logits(made.rows)) if weight.name in gathered else made)
             else:
                 others.add(weight.name)
         caches = [s for s in manifest.states if s.name in roots and groups[s.group].kind == "page"]
@@ -157,6 +165,10 @@ def _costs(plan: Variant, manifest: Manifest) -> tuple[tuple[Product, ...], tupl
             sites[window] = flops + _pair_flops(scored, caches[0].shape[-1], scored is out), nbytes + token
     attention = tuple(Attention(flops, nbytes, window) for window, (flops, nbytes) in sites.items())
     return tuple(products), attention, sum(_nbytes(weights[n]) for n in others)
+
+
+def _of_logits(rows: Dim) -> Dim:
+    return {"R" if n == "T" else n: c for n, c in rows.items()} if isinstance(rows, dict) else rows
 
 
 def _product(weight: WeightTensor, out: Value | None, entries: list[Entry], values: dict[str, Value], codes: str) -> Product:

@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from torch import fx
 
 from ingot.compiler.from_function import from_function
-from ingot.compiler.pipeline import MANY_ROWS, PIPELINE, count
+from ingot.compiler.passes.gather_early import example as gather_early_example
+from ingot.compiler.passes.gather_early import gather_early
+from ingot.compiler.passes.group_regions import group_regions
+from ingot.compiler.pipeline import MANY_ROWS, PIPELINE, PROMPTS, count
 from ingot.ops import Graph, GraphError, InputSpec
-from ingot.ops.graph import op_of
+from ingot.ops.dims import show
+from ingot.ops.graph import Region, op_of
 from ingot.ops.target import Target
 
 CPU = Target("cpu", "x86-64:avx2+fma", "")
 CUDA = Target("cuda", "sm_90", "")
-PASSES = PIPELINE + MANY_ROWS
+PASSES = PIPELINE + PROMPTS + MANY_ROWS
 FOR_CUDA = {"fuse_attention", "fuse_norm_linear", "round_glu"}  # passes that leave a CPU's graph alone
 ON_CUDA = FOR_CUDA | {"quantize_experts"}  # which rounds rows on a CPU, so that the two sides differ
 
@@ -29,6 +34,7 @@ def values(graph: Graph, tokens: int) -> dict[str, torch.Tensor]:
         "cu_seqlens_q": torch.tensor([0, tokens // 2, tokens]),
         "seq_lens": torch.tensor([tokens // 2 + 20, tokens - tokens // 2 + 3]),
         "page_table_full": torch.randint(0, 4, (2, 3)),
+        "rows": torch.randint(0, tokens, (3,)),
     }
     made = {}
     for name, spec in graph.inputs.items():
@@ -78,6 +84,7 @@ EXPECTED = {
     "ungroup_columns": {"linear": 1},
     "fuse_router": {"route": 3},
     "quantize_experts": {"quantized_moe": 1, "route": 1},
+    "gather_early": {"gather_rows": 2, "linear_add": 1, "linear_glu": 1, "add_rms_norm": 1, "linear": 2},
     "round_glu": {"quantized_linear": 1, "glu_quantized_linear": 1},
 }
 
@@ -109,6 +116,20 @@ def test_what_is_left(name: str) -> None:
         assert layouts["moe"] == (True, False, False)  # gated
     if name == "clean_views":
         assert count(after) == 4  # heads, silu, rows again, sum
+
+
+def regions(graph: Graph) -> list[fx.Node]:
+    return [n for n in graph.fx.nodes if isinstance(n.target, Region)]
+
+
+def test_rows_are_gathered_before_a_region() -> None:
+    before = group_regions(gather_early_example(), CPU)
+    after = gather_early(before, CPU)
+    after.verify()
+    assert [show(before.shape(n)[0]) for n in regions(before)] == ["T"], "the example has one that a gather comes after"
+    computed = [n for n in after.fx.nodes if op_of(n) is not None and isinstance(n.meta["val"], torch.Tensor)] + regions(after)
+    assert {show(after.shape(n)[0]) for n in computed} == {"R"}
+    assert gather_early(after, CPU) is after
 
 
 def test_a_size_that_became_a_number_is_an_error() -> None:

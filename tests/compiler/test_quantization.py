@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from ingot.compiler.pipeline import lower, lower_many_rows
+from ingot.compiler.pipeline import MANY_ROWS, lower, lower_further
 from ingot.compiler.quantization import Request, choose_as, choose_online, dequantized, expert_formats, layers, quantize_weights, with_activations
 from ingot.compiler.weights import bind, final_recipe
 from ingot.models import oracle, tiny
@@ -170,10 +170,10 @@ def test_dummy_weights_of_a_quantized_model_are_seeds() -> None:
     packed = {n: w for n, w in lowered.weights.items() if w.recipe.op == "pack"}
     assert len(packed) == 2 * LAYER * 2
     assert {final_recipe(n, w, None).op for n, w in packed.items()} == {"seed"}
-    wide = lower_many_rows(lowered, CUDA)  # the same weights, for the same artifact
+    wide = lower_further(lowered, CUDA, MANY_ROWS)  # the same weights, for the same artifact
     assert wide.weights == lowered.weights
     assert sum(spec.name == "glu_quantized_linear" for n in wide.fx.nodes if (spec := op_of(n)) is not None) == 2
-    assert lower_many_rows(wide, CUDA) is wide
+    assert lower_further(wide, CUDA, MANY_ROWS) is wide
 
 
 def test_experts_of_a_checkpoint_keep_their_codes(tmp_path: Path) -> None:

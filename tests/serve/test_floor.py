@@ -10,7 +10,7 @@ import torch
 
 from ingot.artifacts.manifest import Group, State, WeightTensor
 from ingot.artifacts.plan import Arg, Entry, Value
-from ingot.serve.bench.floor import Attention, Floor, Product, _costs
+from ingot.serve.bench.floor import Attention, Floor, Product, _costs, _gathered
 from ingot.serve.bench.rates import Rates, measure
 
 H200 = Rates(4.54e12, 650e12, "known")
@@ -141,6 +141,23 @@ def test_a_plan_is_read() -> None:
     assert products == (Product({"T": 1}, 96, 192), Product({"T": 2}, 320, 640, experts=4, active=2))
     assert attention == (Attention(2.0 * 6 * (4 + 4), 2 * 2 * 4 * 2, 9),)
     assert other == 16 + 80
+
+
+def test_what_prompts_multiply_by_rows_of_logits_alone() -> None:
+    """The last layer's product in prompts, here in two launches, and not one that has all rows in them."""
+    t, r = {"T": 1}, {"R": 1}
+    weights = (Value("w", "bfloat16", (12, 8), "weight"), Value("last", "bfloat16", (8, 12), "weight"))
+
+    def plan(rows: dict[str, int]) -> _Read:
+        values = (Value("x", "bfloat16", (t, 8), "arena"), Value("y", "bfloat16", (t, 12), "arena"), Value("g", "bfloat16", (rows, 12), "arena"),
+                  Value("part", "float32", (dict.fromkeys(rows, 2), 8), "arena"), Value("z", "bfloat16", (rows, 8), "arena"))  # fmt: skip
+        entries = (entry("l", "ingot.linear", "x w y", "y"), entry("g", "ingot.gather_rows", "y g", "g"), entry("m", "ingot.linear", "g last part", "z part"),
+                   entry("m", "ingot.linear", "part z", "z"))  # fmt: skip
+        return _Read(values + weights, entries, (), Group("full", "page", 16, 512, 0))
+
+    decode = plan(t)
+    products, _, _ = _costs(decode, decode, _gathered(plan(r)))  # type: ignore[arg-type]
+    assert products == (Product(t, 96, 192), Product(r, 96, 192))
 
 
 def test_codes_are_multiplied_at_a_rate_of_their_own() -> None:
