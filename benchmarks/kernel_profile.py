@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,12 +25,13 @@ from ingot.compiler.measure import event_seconds
 from ingot.runtime.batch import StepBatch, StepSize
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
+from ingot.runtime.records import GREEDY, WORDS
 
 REPEATS = 5
 
 
 def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> StepBatch:
-    """`num_seqs` sequences of `context` cached and `num_new` new tokens; the last token of each samples."""
+    """`num_seqs` sequences of `context` cached and `num_new` new tokens; the last token of each samples, greedily."""
     length = context + num_new
     size = StepSize(num_seqs * num_new, num_seqs, num_seqs, length)
     batch = executor.batch(size)
@@ -47,6 +49,7 @@ def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> S
         place = torch.arange(context, length)
         arrays[f"slot_mapping_{group}"][:] = (pages[:, place // page] * page + place % page).flatten().numpy()
     arrays["positions"][:] = list(range(context, length)) * num_seqs
+    batch.sample(np.repeat(GREEDY, num_seqs).view(np.int32).reshape(num_seqs, WORDS))
     return batch
 
 

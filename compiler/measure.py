@@ -22,6 +22,8 @@ PROMPTS = (1, 3)
 """Sequences of a step with prompts, which have no cached tokens: one that fills it has other work for each tile than several."""
 MAX_COPIES = 15
 """Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
+MAX_BYTES = 4 << 30
+"""Of a call's inputs for several layers."""
 
 
 class Stopwatch:
@@ -31,8 +33,9 @@ class Stopwatch:
     as they do in a plan: a residual grows from run to run, which takes no longer.
     """
 
-    def __init__(self, call: Call, steps: Steps, device: torch.device) -> None:
-        self._call, self._device = call, device
+    def __init__(self, call: Call, steps: Steps, device: torch.device, layers: int = 1) -> None:
+        """`layers`: as many copies, if they are not too large, as if each were a layer's."""
+        self._call, self._device, self._layers = call, device, layers
         if "page_table" not in call.args:
             situations = [{"context": 0}]
         elif steps.max_num_new == 1:
@@ -46,33 +49,40 @@ class Stopwatch:
         copies = 0
         if self._device.type == "cuda":
             nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
-            copies = min(math.ceil(2 * torch.cuda.get_device_properties(self._device).L2_cache_size / max(nbytes, 1)), MAX_COPIES)
+            cache = torch.cuda.get_device_properties(self._device).L2_cache_size
+            copies = max(min(math.ceil(2 * cache / max(nbytes, 1)), MAX_COPIES), min(self._layers - 1, MAX_BYTES // max(nbytes, 1)))
         return [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))], sizes
 
     def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
         """Of one run, the geometric mean of the situations: what a short one loses counts as much as what a long one does. `kernels`: one a launch, None for
         library calls."""
-        times = []
-        for copies, sizes in self._situations:
-            runs = [gate.bind(candidate, self._call, inputs, sizes, kernels, inplace=True)[1] for inputs in copies]
-            times.append(cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0]))
-        return statistics.geometric_mean(times)
+        timed = self.runs(candidate, kernels)
+        return statistics.geometric_mean(cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0]) for runs in timed)
+
+    def runs(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> list[list[Callable[[], object]]]:
+        """In each situation, one for each copy of the inputs."""
+        return [[gate.bind(candidate, self._call, inputs, sizes, kernels, inplace=True)[1] for inputs in copies] for copies, sizes in self._situations]
 
 
 def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:
     """Median time of one of `runs` in a CUDA graph of at least ten, since that is how they will be replayed."""
+    count = max(10, len(runs))
+    return graph_seconds([runs[i % len(runs)] for i in range(count)]) / count
+
+
+def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:
+    """Median time of all `runs`, one after the other in a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         runs[0]()
     stream.synchronize()
-    count = max(10, len(runs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         graph.capture_begin()  # torch.cuda.graph would empty the allocator's cache first
-        for i in range(count):
-            runs[i % len(runs)]()
+        for run in runs:
+            run()
         graph.capture_end()
-    return event_seconds(graph.replay) / count
+    return event_seconds(graph.replay)
 
 
 def event_seconds(run: Callable[[], object], repeats: int = 5) -> float:

@@ -22,6 +22,7 @@ from ingot.ops.kernel import Call, Candidate, Source, Steps, claimants
 from ingot.ops.target import Target
 
 from .codegen import region
+from .layer import LAYERS, Runs, fastest_together, layer_of, near, overlaps
 from .measure import Stopwatch
 from .plan import Choice, reference_of
 from .tuning import Table, Tuned, fingerprint
@@ -125,9 +126,11 @@ class _Selector:
         self.emitted: dict[Source, tuple[Kernel, Loaded | None]] = {}
         self.uses: dict[_Use, list[Steps]] = {}
         self.gated: dict[_Use, float] = {}
+        self.raced: dict[tuple[str, Steps], dict[str, float]] = {}  # seconds of each candidate that passed
         self.trials = None if device is None else gate.Trials(device)
 
     def run(self, programs: Iterable[Program], progress: Callable[[int, int], None], done: Callable[[str], None]) -> Selection:
+        programs = list(programs)
         wanted = [w for program in programs for w in self.all_wanted(program)]
         for w in wanted:
             for c in w.tried:
@@ -137,6 +140,10 @@ class _Selector:
         for i, w in enumerate(w for group in compiled for w in group):
             progress(i, len(wanted))
             choices[w.name, w.steps] = self._choose(w)
+        if self.raced and overlaps(self.device):
+            every = {(w.name, w.steps): w for w in wanted}
+            for program in programs:
+                self._choose_together(program, every)
         checks = (_check(w.graph, w.call, w.steps, choices[w.name, w.steps]) for w in wanted)
         self.selection.checks = [c for c in checks if c is not None]
         progress(len(wanted), len(wanted))
@@ -229,10 +236,39 @@ class _Selector:
         watch = Stopwatch(w.call, w.steps, self.device)
         seconds = {c.name: watch.seconds(c, self._loaded(c)) for c in passed}
         best = min(passed, key=lambda c: seconds[c.name])
-        label = f"{w.call.op} {_weight_shape(w.call)} T≤{w.steps.max_tokens}"
-        self.selection.measured.setdefault(label, {n: round(s * 1e6, 2) for n, s in sorted(seconds.items(), key=lambda i: i[1])})
-        self.selection.tuned[fingerprint(w.call, w.steps, w.found)] = Tuned(label, best.name, round(seconds[best.name] * 1e6, 2))
+        self.selection.measured.setdefault(_label(w), {n: round(s * 1e6, 2) for n, s in sorted(seconds.items(), key=lambda i: i[1])})
+        self.raced[w.name, w.steps] = seconds
+        self._tuned(w, best)
         return best, f"fastest of {len(passed)} measured"
+
+    def _tuned(self, w: _Wanted, best: Candidate) -> None:
+        us = round(self.raced[w.name, w.steps][best.name] * 1e6, 2)
+        self.selection.tuned[fingerprint(w.call, w.steps, w.found)] = Tuned(_label(w), best.name, us)
+
+    def _choose_together(self, program: Program, wanted: dict[tuple[str, Steps], _Wanted]) -> None:
+        """Choose once more for decode steps, whose kernels are short, among what was nearly the fastest alone."""
+        names = [repr(call) for call in program.calls]
+        layer = [names[i] for i in layer_of(names)]
+        for steps in (spec.steps for spec in program.specs if spec.steps.exact and spec.steps.max_num_new == 1):
+            of = {name: wanted[name, steps] for name in layer if self.selection.choices[name, steps].candidate is not None}
+            tried = {name: near(self.raced[name, steps]) for name in of if (name, steps) in self.raced}
+            if not tried:
+                continue
+            runs = {name: self._runs(w, tried.get(name)) for name, w in of.items()}
+            for name, best in fastest_together([n for n in layer if n in of], runs).items():
+                if name in tried and best != tried[name][0]:
+                    w = of[name]
+                    candidate = next(c for c in w.found if c.name == best)
+                    reason = f"fastest of {len(tried[name])} measured among its layer's others"
+                    self.selection.choices[name, steps] = self._taken(candidate, self.gated[_use(w, candidate)], reason)
+                    self._tuned(w, candidate)
+
+    def _runs(self, w: _Wanted, names: Sequence[str] | None) -> dict[str, Runs]:
+        """Of these candidates of a call, or of the one that was chosen."""
+        assert self.device is not None
+        watch, chosen = Stopwatch(w.call, w.steps, self.device, LAYERS), self.selection.choices[w.name, w.steps].candidate
+        found = [chosen] if names is None else [next(c for c in w.found if c.name == n) for n in names]
+        return {c.name: watch.runs(c, self._loaded(c)) for c in found if c is not None}
 
     def _loaded(self, candidate: Candidate) -> list[Loaded | None]:
         return [None if launch.source.backend == "torch" else self.emitted[launch.source][1] for launch in candidate.launches]
@@ -251,9 +287,10 @@ class _Selector:
         return Choice(candidate, tuple(names), f"{candidate.name}: {reason}")
 
 
-def _weight_shape(call: Call) -> str:
-    weight = call.args.get("weight")
-    return "×".join(map(str, weight.shape)) if hasattr(weight, "shape") else ""
+def _label(w: _Wanted) -> str:
+    weight = w.call.args.get("weight")
+    shape = "×".join(map(str, weight.shape)) if hasattr(weight, "shape") else ""
+    return f"{w.call.op} {shape} T≤{w.steps.max_tokens}"
 
 
 def _check(graph: Graph, call: Call, steps: Steps, choice: Choice) -> Check | None:

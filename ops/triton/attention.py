@@ -162,41 +162,28 @@ def attention_kernel(q, k_cache, v_cache, k_scale, v_scale, cu_seqlens_q, seq_le
 
 
 @triton.jit
-def combine(partial, lse, sinks, out, row, head, COUNT: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
-            BLOCK_F: tl.constexpr):  # fmt: skip
-    """COUNT ≤ BLOCK_H heads of one token, the first of which has row `row`, from SPLITS partial results each, CHUNK at a time, which need not come from
-    this program. All heads at once: each way to memory and back takes as long as does another head's."""
-    h = tl.arange(0, BLOCK_H)
-    f = tl.arange(0, BLOCK_F)
-    rows = (row + h).to(tl.int64)
-    part = tl.load(lse + rows[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :], mask=(h < COUNT)[:, None], other=float("-inf"), cache_modifier=".cg")
-    top = tl.max(part, 1)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    if sinks is not None:
-        sink = tl.load(sinks + head + h, mask=h < COUNT, other=0.0).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, sink)
-        total += tl.exp2(sink - top)
-    weight = tl.exp2(part - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    total += tl.sum(weight, 1)
-    weight = tl.reshape(weight, [BLOCK_H, SPLITS // CHUNK, CHUNK])
-    acc = tl.zeros([BLOCK_H, BLOCK_F], tl.float32)
-    for chunk in tl.static_range(SPLITS // CHUNK):
-        w = tl.sum(tl.where(tl.arange(0, SPLITS // CHUNK)[None, :, None] == chunk, weight, 0.0), 1)
-        at = rows[:, None] * SPLITS + chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
-        mask = (w > 0.0)[:, :, None] & (f < F)[None, None, :]
-        values = tl.load(partial + at[:, :, None] * F + f[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        acc += tl.sum(values * w[:, :, None], 1)
-    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + rows[:, None] * F + f[None, :], acc.to(out.dtype.element_ty), mask=(h < COUNT)[:, None] & (f < F)[None, :])
-
-
-@triton.jit
 def combine_kernel(partial, lse, sinks, out, H: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr):
+    """A head of a token from SPLITS partial results."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     head = tl.program_id(1)
-    combine(partial, lse, sinks, out, tl.program_id(0).to(tl.int64) * H + head, head, 1, F, SPLITS, SPLITS, 1, BLOCK_F)
+    row = tl.program_id(0).to(tl.int64) * H + head
+    f = tl.arange(0, BLOCK_F)
+    at = row * SPLITS + tl.arange(0, SPLITS)
+    part = tl.load(lse + at)
+    top = tl.max(part, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(part - origin)
+    total = tl.sum(weight, 0)
+    if sinks is not None:
+        total += tl.exp2(sink - origin)
+    values = tl.load(partial + at[:, None] * F + f[None, :], mask=(weight > 0.0)[:, None] & (f < F)[None, :], other=0.0)
+    h = tl.sum(values * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * F + f, h.to(out.dtype.element_ty), mask=f < F)
 
 
 @dataclass(frozen=True)
@@ -280,6 +267,6 @@ def paged_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]
         if splits > 1:
             operands = {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "sinks": Operand(arg="sinks"), "out": Operand(out=0)}
             small = {"H": heads, "F": f, "SPLITS": splits, "BLOCK_F": block_f}
-            launches.append(launch(call, [combine_kernel, combine], operands, small, ((tokens, 1), (heads, 1)), scratch=scratch))
+            launches.append(launch(call, [combine_kernel], operands, small, ((tokens, 1), (heads, 1)), scratch=scratch))
         found.append(Candidate(f"{'decode' if decode else 'ragged'}_{t}" + (f"_split{splits}" if splits > 1 else ""), tuple(launches), scratch, rank))
     return found

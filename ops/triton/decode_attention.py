@@ -25,7 +25,7 @@ from .parts import FEWEST, cached, cached_of_all, extra_items, extra_parts, part
 from .quantize import row_scale, to_eight_bits
 from .rotary import rotation, style_constants
 from .source import FLOATS, launch, power_of_two, supported
-from .tickets import is_last_of
+from .tickets import is_last
 
 
 @triton.jit
@@ -150,13 +150,10 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    seq, length, part, count, share = part_of(item, seq_lens, num_seqs, SPLITS, EXTRA, FEWEST, WINDOW, CHUNK, BLOCK_S)
+    seq, length, part, count, low, high = part_of(item, seq_lens, num_seqs, SPLITS, EXTRA, FEWEST, WINDOW, CHUNK, BLOCK_S)
     if part < count:
         token = seq.to(tl.int64)
         position = length - 1  # −1: a padding row
-        low, high = cached(length, WINDOW, CHUNK)
-        low += part * share
-        high = tl.minimum(high, low + share)
         pages = page_table + token * num_columns
         k, v, k_by, v_by, there = load_keys(k_cache, v_cache, k_scale, v_scale, pages, kv_head, low, high, K, E, F, PAGE, BLOCK_N, BLOCK_E, BLOCK_F)
         if PDL:
@@ -228,7 +225,7 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
             tl.store(lse + at, top + tl.log2(total), mask=valid)
             acc /= tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(partial + at[:, None] * F + f[None, :], acc, mask=valid[:, None] & (f < F)[None, :])
-            if is_last_of(tickets + token * K + kv_head, count):
+            if is_last(tickets + token * K + kv_head, count):
                 first_extra = 0
                 if EXTRA > 0:  # noqa: SIM102 (decided when this is compiled)
                     if count > SPLITS:
@@ -265,7 +262,7 @@ def _in_one(call: Call, steps: Steps) -> list[Candidate]:
     if not steps.exact or steps.max_num_new != 1 or qkv.dtype == torch.float32 or block_m * block_f > 64 * 256:
         return []
     inputs = {n: Operand(arg=n) for n in ("qkv", "cos", "sin", "q_weight", "k_weight", *CACHES, "slot_mapping", "seq_lens", "page_table", "sinks")}
-    functions = [decode_attention_kernel, combine_parts, is_last_of, fold_keys, load_keys, eight_bit_row, row_scale, to_eight_bits, turned, load_heads, part_of,
+    functions = [decode_attention_kernel, combine_parts, is_last, fold_keys, load_keys, eight_bit_row, row_scale, to_eight_bits, turned, load_heads, part_of,
                  extra_parts, cached_of_all, cached, rotation, tanh]  # fmt: skip
 
     def one(splits: int, block_n: int, warps: int, stages: int) -> Candidate:

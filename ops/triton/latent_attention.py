@@ -21,7 +21,7 @@ import triton.language as tl
 from ..dims import product
 from ..kernel import Call, Candidate, Operand, Steps, Tensor, claims
 from ..target import SHARED_MEMORY_BYTES, Target
-from .attention import combine, combine_kernel, most_splits
+from .attention import combine_kernel, most_splits
 from .prefetch import prefetch_rows
 from .ragged import place_of, tile_of, tiles_of
 from .source import FLOATS, launch, power_of_two, supported
@@ -233,7 +233,7 @@ def mla_attention(call: Call, steps: Steps, target: Target) -> list[Candidate]:
             first = launch(call, functions, operands, constants | {"SPLITS": splits}, grid, scratch=scratch, num_warps=t.warps, num_stages=t.stages)
             combined = {"partial": Operand(scratch=0), "lse": Operand(scratch=1), "sinks": Operand(arg="sinks"), "out": Operand(out=0)}
             small = {"H": heads, "F": width, "SPLITS": splits, "BLOCK_F": block_l}
-            second = launch(call, [combine_kernel, combine], combined, small, ((tokens, 1), (heads, 1)), scratch=scratch,
+            second = launch(call, [combine_kernel], combined, small, ((tokens, 1), (heads, 1)), scratch=scratch,
                             num_warps=max(4, min(16, splits * block_l // 1024)))  # fmt: skip
             found.append(Candidate(f"{name}_split{splits}", (first, second), scratch, rank))
     return found

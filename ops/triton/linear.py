@@ -152,8 +152,9 @@ A_BATCH = (Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
 WIDE = 256 * PROGRAMS
-PREFETCH_BYTES = 16 << 10
-"""Of the weight, that a program asks for ahead: more, on all programs that are there at once, and it would leave L2 before it is read."""
+PREFETCHED = 32 << 10
+"""Weights that a program asks for ahead, of a row alone half as many: more, on all programs that are there at once, and they would leave L2 before they are
+read."""
 
 
 def fitted(tiles: Sequence[Tile], dtype: torch.dtype, weights: int, width: int, depth: int, target: Target) -> list[Tile]:
@@ -194,11 +195,12 @@ def split_of(programs: int, blocks: int, enough: int) -> int:
     return max((s for s in (2, 4, 8) if programs * s <= enough and blocks >= 2 * s), default=1)
 
 
-def prefetched(depth: int, bits: int, split: int, block_n: int, block_k: int) -> int:
-    """Bytes of each row's part to ask for ahead; none where parts are no multiples of 16 bytes, or the last would reach beyond its row."""
+def prefetched(depth: int, bits: int, split: int, block_n: int, block_k: int, alone: bool) -> int:
+    """Bytes of each row's part to ask for ahead, `alone` for one row of x; none where parts are no multiples of 16 bytes, or the last would reach beyond its
+    row."""
     if depth * bits % (128 * split) or (split > 1 and depth % (split * block_k)):
         return 0
-    return min(depth * bits // 8 // split, PREFETCH_BYTES // block_n)
+    return min(depth // split, (PREFETCHED // 2 if alone else PREFETCHED) // block_n) * bits // 8
 
 
 def _gemv(call: Call) -> list[Candidate]:
@@ -223,7 +225,7 @@ def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
     num_rows = {"num_rows": Operand(size=count)}
     found = []
     for i, t in enumerate(_tiles(call, steps, target, width, depth)):
-        ahead = prefetched(depth, 8 * x.dtype.itemsize, t.split, t.n, t.k) if t.m <= 64 else 0
+        ahead = prefetched(depth, 8 * x.dtype.itemsize, t.split, t.n, t.k, most(count, steps) == 1) if t.m <= 64 else 0
         scratch: tuple[Tensor, ...] = ()
         shared: dict[str, Operand] = {}
         if t.split > 1:

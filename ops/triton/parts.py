@@ -12,6 +12,8 @@ import triton.language as tl
 from ..kernel import Steps
 from .attention import PROGRAMS, most_splits
 
+ENOUGH = 8
+"""Parts of its own with which a sequence needs no more, however long it is."""
 FEWEST = 256
 """Keys that one program may have, whatever the others have."""
 
@@ -24,8 +26,8 @@ def splits_of(steps: Steps, kv_heads: int) -> list[int]:
 
 def extra_items(steps: Steps, kv_heads: int, splits: int) -> int:
     """EXTRA: half as many items as all sequences have of their own, or as keep the GPU busy alone. None where a sequence's result must not depend on the
-    others."""
-    if steps.deterministic or steps.max_seqs == 1:
+    others, nor where each has so many parts that the longest is soon done: looking for more only costs."""
+    if steps.deterministic or steps.max_seqs == 1 or splits >= ENOUGH:
         return 0
     return min(steps.max_seqs * splits // 2, 2 * PROGRAMS // kv_heads)
 
@@ -62,7 +64,8 @@ def extra_parts(keys, most, token, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def part_of(item, seq_lens, num_seqs, SPLITS: tl.constexpr, EXTRA: tl.constexpr, FEWEST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
             BLOCK_S: tl.constexpr):  # fmt: skip
-    """(sequence, its length, which part of it, how many it has, keys of a part) of an item; nothing to do if it has no such part.
+    """(sequence, its length, which part of it, how many it has, the part's first key and the one after its last) of an item; nothing to do if it has no
+    such part.
 
     The first EXTRA items are for sequences that are longer than SPLITS parts may be; after them, each sequence has SPLITS items of its own.
     """
@@ -84,4 +87,6 @@ def part_of(item, seq_lens, num_seqs, SPLITS: tl.constexpr, EXTRA: tl.constexpr,
                     length = tl.load(seq_lens + token, mask=token < num_seqs, other=0)
                     low, high = cached(length, WINDOW, CHUNK)
     share = tl.minimum(((high - low + SPLITS - 1) // SPLITS + 15) // 16 * 16, most)
-    return token, length, part, tl.maximum((high - low + share - 1) // tl.maximum(share, 1), 1), share
+    count = tl.maximum((high - low + share - 1) // tl.maximum(share, 1), 1)
+    low += part * share
+    return token, length, part, count, low, tl.minimum(high, low + share)

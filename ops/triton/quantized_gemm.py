@@ -105,7 +105,7 @@ def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[s
     """The candidate of a tile: the launches `before`, which leave `scratch`, and one of the first of `functions`."""
     tokens, width = product.tokens, product.width
     blocks = {"BLOCK_N": t.n, "BLOCK_M": t.m, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split, "THREADS": 32 * t.warps,
-              "PREFETCH": prefetched(product.k, product.weights.bits, t.split, t.n, t.k) if t.m <= 64 else 0, **constants}  # fmt: skip
+              "PREFETCH": prefetched(product.k, product.weights.bits, t.split, t.n, t.k, product.rows == 1) if t.m <= 64 else 0, **constants}  # fmt: skip
     parts, absent, scratch = parts_of_sums(product, t.split, -(-product.rows // t.m) * -(-width // t.n), scratch)
     operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **parts, "num_rows": Operand(size=tokens)}
     one = launch(product.call, [*functions, tile_at, *FINISH_TILE, prefetch_rows], operands, blocks | absent,

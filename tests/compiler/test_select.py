@@ -60,10 +60,13 @@ class _Function:
 class Clock:
     """Stands in for `Stopwatch`: what the kernel's text says."""
 
-    def __init__(self, call: Call, steps: Steps, device: torch.device) -> None: ...
+    def __init__(self, call: Call, steps: Steps, device: torch.device, layers: int = 1) -> None: ...
 
     def seconds(self, candidate: Candidate, kernels: list[Any]) -> float:
         return float(kernels[0].text.split()[0])
+
+    def runs(self, candidate: Candidate, kernels: list[Any]) -> list[list[Callable[[], None]]]:
+        return [[lambda: None]]
 
 
 def candidate(text: str, rank: float = 0.0) -> Candidate:
@@ -98,6 +101,29 @@ def table(family: list[Candidate]) -> Table:
     assert reasons(measured) == ["takes 0 0: fastest of 3 measured"] * 3
     write(tuning.SHIPPED / "made-up-9000.json", DEVICE, measured.tuned)
     return table_for(DEVICE)
+
+
+def test_kernels_of_decode_steps_are_chosen_among_their_layers_others(family: list[Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
+    family[:] = [candidate("1.1 0"), candidate("1 0"), candidate("2 0")]
+    tried: list[tuple[int, list[str]]] = []
+
+    def fastest(layer: list[str], runs: dict[str, dict[str, Any]]) -> dict[str, str]:
+        ((name, found),) = runs.items()
+        assert layer == [name]  # from one of three to the next
+        tried.append((len(tried), list(found)))
+        return {name: "takes 1.1 0"}
+
+    monkeypatch.setattr(selecting, "overlaps", lambda device: True)
+    monkeypatch.setattr(selecting, "fastest_together", fastest)
+    specs = [VariantSpec("decode_4", Steps(4, 4, 1, 4, True)), VariantSpec("tokens_64", Steps(64, 4, 64, 4, False))]
+    chosen = run(Compiler(), specs=specs)
+    assert tried == [(0, ["takes 1 0", "takes 1.1 0"])]
+    assert reasons(chosen) == ["takes 1.1 0: fastest of 2 measured among its layer's others", "takes 1 0: fastest of 3 measured"]
+    assert [t.candidate for t in chosen.tuned.values()] == ["takes 1.1 0", "takes 1 0"]
+    assert {c.kernels[0] for c in chosen.choices.values()} <= chosen.kernels.keys()
+    decided = run(Compiler(), Table("a.json", "", chosen.tuned), specs=specs)
+    assert len(tried) == 1, "what the table knows is not tried again"
+    assert "takes 1.1 0" in reasons(decided)[0]
 
 
 def test_a_table_spares_measuring_and_compiling_the_others(table: Table) -> None:

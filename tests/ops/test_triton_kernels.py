@@ -242,9 +242,10 @@ def test_chunks_of_one_key_again_and_again_do_not_cancel(machine):
 
 
 @pytest.mark.parametrize(
-    ("depth", "bits", "split", "block_k", "ahead"),
-    [(1024, 16, 1, 256, 512), (1024, 16, 4, 256, 512), (72, 16, 1, 64, 144), (36, 16, 1, 32, 0), (1280, 16, 4, 256, 0), (256, 4, 2, 128, 64)],
-)
-def test_what_is_asked_for_ahead_lies_in_its_row_and_is_aligned(depth, bits, split, block_k, ahead):
+    ("depth", "bits", "split", "block_k", "alone", "ahead"),
+    [(2048, 16, 1, 256, False, 2048), (2048, 16, 1, 256, True, 1024), (1024, 8, 1, 256, False, 1024), (1024, 16, 4, 256, False, 512),
+     (72, 16, 1, 64, False, 144), (36, 16, 1, 32, False, 0), (1280, 16, 4, 256, False, 0), (256, 4, 2, 128, False, 64)],
+)  # fmt: skip
+def test_what_is_asked_for_ahead_lies_in_its_row_and_is_aligned(depth, bits, split, block_k, alone, ahead):
     """Of 32 rows, each `depth` long: pieces begin and end at multiples of 16 bytes, and none begins beyond what is its part's."""
-    assert prefetched(depth, bits, split, 32, block_k) == ahead
+    assert prefetched(depth, bits, split, 32, block_k, alone) == ahead
