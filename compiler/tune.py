@@ -13,7 +13,7 @@ from ingot.artifacts.store import Store
 from .build import CompileOptions, Job, Progress, device_for
 from .codegen.emit import Emitter
 from .select import select
-from .tuning import SHIPPED, Tuned, TuningError, entries_of, slug, write
+from .tuning import SHIPPED, Table, Tuned, TuningError, entries_of, slug, write
 from .warm_up import warm_up
 
 
@@ -31,7 +31,8 @@ def tune(
 ) -> TuneReport:
     """Measure on this machine's device and write the table, to `output` or where this installation's compiler reads it.
 
-    With `add` what the file has already stays: other models, other options. Without, the file has what was measured now and nothing older.
+    With `add` what the file has already stays and is not measured again. Without, the file has what was measured now and nothing older. What several models
+    have in common is measured once.
     Weights are made up, so that a model's folder needs no more than its config.json. Raises TuningError without the device.
     """
     entries: dict[str, Tuned] = {}
@@ -41,17 +42,17 @@ def tune(
         device = device_for(job.target)
         if device is None or not job.target.device:
             raise TuningError(f"{job.target} is not here to measure on: run `ingot tune` on a machine that has it")
+        path = output or SHIPPED / f"{slug(job.target.device)}.json"
+        if add and not entries and path.is_file():
+            entries = dict(entries_of(path, job.target))
         warm_up(job.target)
         graph, _ = job.lowered(lambda stage, done, model=model: progress(f"{model}: {stage}", done), lambda stage: None)  # type: ignore[misc]
         compiled = _stage(progress, f"{model}: compile kernels")
         with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(job.target, Store(settings().home), Path(folder), compiled) as emitter:
             stage = _stage(progress, f"{model}: measure")
-            selection = select([p for _, p in job.programs(graph)], job.target, emitter, device, stage, job.table, measure=True)
+            selection = select([p for _, p in job.programs(graph)], job.target, emitter, device, stage, Table(path.name, "", entries), measure=True)
         entries |= selection.tuned
         rejected += selection.rejected
-    path = output or SHIPPED / f"{slug(job.target.device)}.json"
-    if add and path.is_file():
-        entries = entries_of(path, job.target) | entries
     write(path, job.target, entries)
     return TuneReport(path, len(entries), rejected)
 

@@ -62,7 +62,8 @@ class Table:
         named = [c for c in found if c.name == entry.candidate]
         if not named:
             known = ", ".join(sorted(c.name for c in found))
-            raise TuningError(f"{self.name} wants {entry.candidate!r} for {entry.call}, for which there are {known}; measure it again with `ingot tune --add`")
+            remedy = "take out its line and measure it again with `ingot tune --add`"
+            raise TuningError(f"{self.name} wants {entry.candidate!r} for {entry.call}, for which there are {known}; {remedy}")
         return named[0], entry
 
 

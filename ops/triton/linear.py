@@ -152,9 +152,8 @@ A_BATCH = (Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 
 MANY_ROWS = (Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 64, 8, 3))
 EXACT = (Tile(16, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3))  # float32: multiplied without the matrix units' rounding
 WIDE = 256 * PROGRAMS
-PREFETCHED = 32 << 10
-"""Weights that a program asks for ahead, of a row alone half as many: more, on all programs that are there at once, and they would leave L2 before they are
-read."""
+PREFETCHED = (8 << 10, 32 << 10)
+"""Weights that a program asks for ahead, at least and at most: in between, a quarter of what it reads. To ask for much more takes longer than it spares."""
 
 
 def fitted(tiles: Sequence[Tile], dtype: torch.dtype, weights: int, width: int, depth: int, target: Target) -> list[Tile]:
@@ -196,11 +195,13 @@ def split_of(programs: int, blocks: int, enough: int) -> int:
 
 
 def prefetched(depth: int, bits: int, split: int, block_n: int, block_k: int, alone: bool) -> int:
-    """Bytes of each row's part to ask for ahead, `alone` for one row of x; none where parts are no multiples of 16 bytes, or the last would reach beyond its
-    row."""
+    """Bytes of each row's part to ask for ahead, fewer where one row of x is `alone`; none where parts are no multiples of 16 bytes, or the last would reach
+    beyond its row."""
     if depth * bits % (128 * split) or (split > 1 and depth % (split * block_k)):
         return 0
-    return min(depth // split, (PREFETCHED // 2 if alone else PREFETCHED) // block_n) * bits // 8
+    part, (least, most) = depth // split, PREFETCHED
+    wanted = max(least, min(block_n * part // 4, most // 2 if alone else most))
+    return min(part, wanted // block_n // 32 * 32) * bits // 8
 
 
 def _gemv(call: Call) -> list[Candidate]:

@@ -17,7 +17,7 @@ def tune_command(
     flags: CompileFlags,
     models: Annotated[list[str], typer.Argument(help="Folders with config.json, Hugging Face ids, or “bundled”; weights are not needed.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The table's file; by default where this installation reads it.")] = None,
-    add: Annotated[bool, typer.Option("--add", help="Keep what the file has already, of other models and flags.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Keep what the file has already, and measure what it lacks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Measure every kernel for some models, and write the tuning table of this machine's device."""

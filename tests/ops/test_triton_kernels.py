@@ -243,8 +243,8 @@ def test_chunks_of_one_key_again_and_again_do_not_cancel(machine):
 
 @pytest.mark.parametrize(
     ("depth", "bits", "split", "block_k", "alone", "ahead"),
-    [(2048, 16, 1, 256, False, 2048), (2048, 16, 1, 256, True, 1024), (1024, 8, 1, 256, False, 1024), (1024, 16, 4, 256, False, 512),
-     (72, 16, 1, 64, False, 144), (36, 16, 1, 32, False, 0), (1280, 16, 4, 256, False, 0), (256, 4, 2, 128, False, 64)],
+    [(8192, 16, 1, 256, False, 2048), (8192, 16, 1, 256, True, 1024), (1024, 8, 1, 256, False, 256), (1024, 16, 4, 256, False, 512),
+     (72, 16, 1, 64, False, 144), (36, 16, 1, 32, False, 0), (1280, 16, 4, 256, False, 0), (256, 4, 2, 128, False, 64), (1432, 16, 1, 64, False, 704)],
 )  # fmt: skip
 def test_what_is_asked_for_ahead_lies_in_its_row_and_is_aligned(depth, bits, split, block_k, alone, ahead):
     """Of 32 rows, each `depth` long: pieces begin and end at multiples of 16 bytes, and none begins beyond what is its part's."""
