@@ -83,8 +83,9 @@ class Floor:
     def of(cls, artifact: Artifact) -> Floor:
         """Read off the plan what a step computes; look up the device's rates, or measure them."""
         manifest = artifact.manifest
-        plan, of_prompts = artifact.plan(manifest.variants[0]), artifact.plan(manifest.variants[-1])
-        products, attention, other = _costs(plan, manifest, _gathered(of_prompts))
+        plan = artifact.plan(manifest.variants[0])
+        largest = next(v for v in map(artifact.plan, reversed(manifest.variants)) if v.entry_point == plan.entry_point)
+        products, attention, other = _costs(plan, manifest, _gathered(largest))
         kinds = {p.codes for p in products} - {""}
         states = sum(g.bytes_per_unit for g in manifest.groups if g.kind == "slot")
         return cls(Rates.of(manifest.target.device, manifest.options.dtype, kinds), products, attention, other, states)

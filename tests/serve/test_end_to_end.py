@@ -15,6 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ingot.artifacts.artifact import Artifact
+from ingot.serve.bench.floor import Floor
+
 FLAGS = ("--target", "cpu", "--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", "16")
 PROMPT = "import os\nimport sys\n\n\ndef main():\n"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -134,6 +137,8 @@ def test_bench_gives_figures_beside_floors(ingot: Run, artifact: Path) -> None:
     weights = json.loads((artifact / "manifest.json").read_text())["model"]["num_parameters"] * 4
     assert shown["weight_bytes_per_step"] == pytest.approx(weights, rel=0.01)  # the LM head is the embedding, and read whole
     assert shown["rates"] == "measured"
+    of_logits = [p for p in Floor.of(Artifact.open(artifact)).products if p.rows == {"R": 1}]
+    assert len(of_logits) == 4, "the LM head, and of the last layer's products in prompts those behind its attention"
     load = json.loads(ingot("bench", "throughput", artifact, "--requests", 9, "--shortest", 3, "--longest", 17, "--json").stdout)
     assert load["output_tokens_per_second"] == pytest.approx(load["output_tokens"] / load["seconds"])
     assert 9 * 3 <= load["output_tokens"] <= 9 * 17
