@@ -22,8 +22,8 @@ PROMPTS = (1, 3)
 """Sequences of a step with prompts, which have no cached tokens: one that fills it has other work for each tile than several."""
 MAX_COPIES = 15
 """Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
-MAX_BYTES = 4 << 30
-"""Of a call's inputs for several layers."""
+MAX_SHARE = 64
+"""Of the device's memory, the part that a call's inputs may take so that each layer has its own: all calls of a layer have theirs at once."""
 
 
 class Stopwatch:
@@ -48,9 +48,8 @@ class Stopwatch:
     def _copied(self, inputs: dict[str, Any], sizes: dict[str, int]) -> tuple[list[dict[str, Any]], dict[str, int]]:
         copies = 0
         if self._device.type == "cuda":
-            nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
-            cache = torch.cuda.get_device_properties(self._device).L2_cache_size
-            copies = max(min(math.ceil(2 * cache / max(nbytes, 1)), MAX_COPIES), min(self._layers - 1, MAX_BYTES // max(nbytes, 1)))
+            card, nbytes = torch.cuda.get_device_properties(self._device), sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
+            copies = copies_of(max(nbytes, 1), card.L2_cache_size, card.total_memory, self._layers)
         return [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))], sizes
 
     def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
@@ -62,6 +61,11 @@ class Stopwatch:
     def runs(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> list[list[Callable[[], object]]]:
         """In each situation, one for each copy of the inputs."""
         return [[gate.bind(candidate, self._call, inputs, sizes, kernels, inplace=True)[1] for inputs in copies] for copies, sizes in self._situations]
+
+
+def copies_of(nbytes: int, cache: int, memory: int, layers: int) -> int:
+    """How many of inputs, beside themselves: that the cache of a device cannot hold them, and for each of some layers if its memory lets them be."""
+    return max(min(math.ceil(2 * cache / nbytes), MAX_COPIES), min(layers - 1, memory // MAX_SHARE // nbytes))
 
 
 def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:

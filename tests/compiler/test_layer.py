@@ -10,6 +10,7 @@ import pytest
 
 from ingot.compiler import layer
 from ingot.compiler.layer import fastest_together, layer_of, near
+from ingot.compiler.measure import MAX_COPIES, copies_of
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,11 @@ def test_layers_follow_each_other_on_copies_of_their_own_in_every_situation(time
     assert fastest_together(["product", "attention"], runs) == {"product": "x", "attention": "b"}  # √(4 · 2) < √(2 · 5)
     assert graphs[0] == [n for i in range(layer.LAYERS) for n in (f"x0{i % 3}", "a00")]
     assert graphs[1] == [n for i in range(layer.LAYERS) for n in (f"x0{i % 3}", "a10")]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "layers", "copies"),
+    [(117 << 20, 1, 1), (117 << 20, 8, 7), (17 << 20, 1, 6), (1, 8, MAX_COPIES), (3 << 30, 8, 1), (300 << 20, 8, 4)],
+)
+def test_a_layer_has_memory_of_its_own_if_that_is_not_too_much(nbytes: int, layers: int, copies: int) -> None:
+    assert copies_of(nbytes, 50 << 20, 80 << 30, layers) == copies
