@@ -136,17 +136,18 @@ class _Selector:
             for c in w.tried:
                 self.uses.setdefault(_use(w, c), []).append(w.steps)
         done("select")
-        choices, compiled = self.selection.choices, self._compiled(wanted, done)
+        choices, compiled, layers = self.selection.choices, self._compiled(wanted, done), self._layers(programs)
+        total = len(wanted) + len(layers)
         for i, w in enumerate(w for group in compiled for w in group):
-            progress(i, len(wanted))
+            progress(i, total)
             choices[w.name, w.steps] = self._choose(w)
-        if self.raced and overlaps(self.device):
-            every = {(w.name, w.steps): w for w in wanted}
-            for program in programs:
-                self._choose_together(program, every)
+        every = {(w.name, w.steps): w for w in wanted}
+        for i, (layer, steps) in enumerate(layers, len(wanted)):
+            progress(i, total)
+            self._choose_together([every[name, steps] for name in layer])
         checks = (_check(w.graph, w.call, w.steps, choices[w.name, w.steps]) for w in wanted)
         self.selection.checks = [c for c in checks if c is not None]
-        progress(len(wanted), len(wanted))
+        progress(total, total)
         done("gate")
         return self.selection
 
@@ -245,23 +246,33 @@ class _Selector:
         us = round(self.raced[w.name, w.steps][best.name] * 1e6, 2)
         self.selection.tuned[fingerprint(w.call, w.steps, w.found)] = Tuned(_label(w), best.name, us)
 
-    def _choose_together(self, program: Program, wanted: dict[tuple[str, Steps], _Wanted]) -> None:
-        """Choose once more for decode steps, whose kernels are short, among what was nearly the fastest alone."""
-        names = [repr(call) for call in program.calls]
-        layer = [names[i] for i in layer_of(names)]
-        for steps in (spec.steps for spec in program.specs if spec.steps.exact and spec.steps.max_num_new == 1):
-            of = {name: wanted[name, steps] for name in layer if self.selection.choices[name, steps].candidate is not None}
-            tried = {name: near(self.raced[name, steps]) for name in of if (name, steps) in self.raced}
-            if not tried:
-                continue
-            runs = {name: self._runs(w, tried.get(name)) for name, w in of.items()}
-            for name, best in fastest_together([n for n in layer if n in of], runs).items():
-                if name in tried and best != tried[name][0]:
-                    w = of[name]
-                    candidate = next(c for c in w.found if c.name == best)
-                    reason = f"fastest of {len(tried[name])} measured among its layer's others"
-                    self.selection.choices[name, steps] = self._taken(candidate, self.gated[_use(w, candidate)], reason)
-                    self._tuned(w, candidate)
+    def _layers(self, programs: Iterable[Program]) -> list[tuple[list[str], Steps]]:
+        """The calls of a layer in their order, for all decode steps, whose kernels are short. None where nothing is timed."""
+        if not self.measures or not overlaps(self.device):
+            return []
+        found = []
+        for program in programs:
+            names = [repr(call) for call in program.calls]
+            layer = [names[i] for i in layer_of(names)]
+            found += [(layer, spec.steps) for spec in program.specs if spec.steps.exact and spec.steps.max_num_new == 1]
+        return found
+
+    def _choose_together(self, layer: Sequence[_Wanted]) -> None:
+        """Choose once more among what was nearly the fastest alone."""
+        choices = self.selection.choices
+        layer = [w for w in layer if choices[w.name, w.steps].candidate is not None]
+        tried = {w.name: near(self.raced[w.name, w.steps]) for w in layer if (w.name, w.steps) in self.raced}
+        if not tried:
+            return
+        of = {w.name: w for w in layer}
+        together = fastest_together([w.name for w in layer], {name: self._runs(w, tried.get(name)) for name, w in of.items()})
+        for name in tried:
+            w, best = of[name], together[name]
+            if best != tried[name][0]:
+                candidate = next(c for c in w.found if c.name == best)
+                reason = f"fastest of {len(tried[name])} measured among its layer's others"
+                choices[name, w.steps] = self._taken(candidate, self.gated[_use(w, candidate)], reason)
+                self._tuned(w, candidate)
 
     def _runs(self, w: _Wanted, names: Sequence[str] | None) -> dict[str, Runs]:
         """Of these candidates of a call, or of the one that was chosen."""
