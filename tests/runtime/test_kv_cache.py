@@ -93,6 +93,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, MAX_SEQS), token=st.integers(0, 1))
     def fork(self, which: int, token: int) -> None:
         seq = self.running[which % len(self.running)]
+        if computed(self.cache, seq) == MAX_LEN:
+            return
         child = sequence([*seq.token_ids[: computed(self.cache, seq)], token], seq.request.cache_keys)
         available = {n: p.num_available for n, p in self.cache.pools.items()}
         if not self.cache.fork(seq, child):
