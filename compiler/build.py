@@ -215,7 +215,7 @@ class Job:
             self.begin_kernels(emitted, device)
             done("foresee")
             graph, counts = self.lowered(progress, done, scratch)
-            programs = self.programs(graph)
+            programs = self.programs(graph, dump)
             done("outline")
             selection = select([p for _, p in programs], self.target, emitted, device, lambda n, of: progress("select and gate", n / max(of, 1)),
                                self.table, measure=self.measure, done=done)  # fmt: skip
@@ -322,19 +322,19 @@ class Job:
         return made(self.target, self.options.max_num_seqs, self.options.max_num_batched_tokens, self.options.deterministic)
 
     @uncollected()
-    def programs(self, graph: Graph) -> list[tuple[Outline, Program]]:
+    def programs(self, graph: Graph, dump: Path | None = None) -> list[tuple[Outline, Program]]:
         """Every graph of the artifact with its variants: the lowered one, and what samples from its logits."""
-        outlines = [(Outline.of(g), specs) for g, specs in [*self.by_steps(graph), *self.sampling(graph)]]
+        outlines = [(Outline.of(g), specs) for g, specs in [*self.by_steps(graph, dump), *self.sampling(graph)]]
         return [(outline, Program(outline.graph, outline.calls, specs)) for outline, specs in outlines]
 
-    def by_steps(self, graph: Graph) -> list[tuple[Graph, list[VariantSpec]]]:
+    def by_steps(self, graph: Graph, dump: Path | None) -> list[tuple[Graph, list[VariantSpec]]]:
         """The lowered graph, and what some steps want instead, with their variants in order."""
         graphs: dict[tuple[Pass, ...], Graph] = {}
         found: list[tuple[Graph, list[VariantSpec]]] = []
         for spec in self.specs():
             passes = passes_for(spec.steps)
             if passes not in graphs:
-                graphs[passes] = lower_further(graph, self.target, passes)
+                graphs[passes] = lower_further(graph, self.target, passes, dump)
             if not found or found[-1][0] is not graphs[passes]:
                 found.append((graphs[passes], []))
             found[-1][1].append(spec)

@@ -77,11 +77,15 @@ def lower(graph: Graph, target: Target, dump: Path | None = None) -> tuple[Graph
     return graph, counts
 
 
-def lower_further(graph: Graph, target: Target, passes: Sequence[Pass]) -> Graph:
-    """Run passes on a lowered graph, which is returned itself where they change nothing."""
+def lower_further(graph: Graph, target: Target, passes: Sequence[Pass], dump: Path | None = None) -> Graph:
+    """Run passes on a lowered graph, which is returned itself where they change nothing. With `dump`, what they change goes there too, with all their names."""
+    name = f"{len(PIPELINE) + 1:02}"
     for run in passes:
-        graph = run(graph, target)
+        before, graph = graph, run(graph, target)
         graph.verify()
+        name += f"_{run.__name__}"
+        if graph is not before:
+            _dump(graph, dump, name)
     return graph
 
 

@@ -1,5 +1,7 @@
 """Every pass: its example changes, both sides compute the same, and the graph still verifies."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import fx
@@ -8,7 +10,7 @@ from ingot.compiler.from_function import from_function
 from ingot.compiler.passes.gather_early import example as gather_early_example
 from ingot.compiler.passes.gather_early import gather_early
 from ingot.compiler.passes.group_regions import group_regions
-from ingot.compiler.pipeline import MANY_ROWS, PIPELINE, PROMPTS, count
+from ingot.compiler.pipeline import MANY_ROWS, PIPELINE, PROMPTS, count, lower_further
 from ingot.ops import Graph, GraphError, InputSpec
 from ingot.ops.dims import show
 from ingot.ops.graph import Region, op_of
@@ -116,6 +118,13 @@ def test_what_is_left(name: str) -> None:
         assert layouts["moe"] == (True, False, False)  # gated
     if name == "clean_views":
         assert count(after) == 4  # heads, silu, rows again, sum
+
+
+def test_what_only_some_steps_want_is_written_too(tmp_path: Path) -> None:
+    after = lower_further(gather_early_example(), CUDA, PROMPTS + MANY_ROWS, tmp_path)
+    (file,) = tmp_path.iterdir()  # the second changes nothing
+    assert file.name == f"{len(PIPELINE) + 1}_gather_early.txt"
+    assert file.read_text() == f"{after}\n"
 
 
 def regions(graph: Graph) -> list[fx.Node]:
