@@ -7,6 +7,7 @@ every sequence has one token no row would be left out, and there is one copy of 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -56,7 +57,7 @@ class _Early:
 
     def __init__(self, graph: Graph, rows: fx.Node) -> None:
         self.graph, self.rows = graph, rows
-        self.copies: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[fx.Node, Any] = {}  # of a region of several results, all of them
 
     def add(self, node: fx.Node, operands: list[fx.Node]) -> None:
         for operand in operands:
@@ -67,23 +68,24 @@ class _Early:
         else:
             self.copies[node] = self._copy(node, self.copies)
 
-    def _copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _copy(self, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node:
         if node.target is operator.getitem:
-            return self.graph.getitem(copies[node.args[0]], node.args[1])  # type: ignore[index, arg-type]
+            results, index = copies[node.args[0]], node.args[1]  # type: ignore[index]
+            return self.graph.getitem(results, index) if isinstance(results, fx.Node) else results[index]  # type: ignore[arg-type, no-any-return]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
         copy = self.graph.fx.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         copy.meta = node.meta | {"val": self.graph.fake(node.target, args, kwargs)}
         return copy
 
-    def _opened(self, node: fx.Node) -> fx.Node:
-        """What a region of one result computes, op by op."""
+    def _opened(self, node: fx.Node) -> Any:
+        """What a region computes, op by op."""
         inner = node.target.module.graph  # type: ignore[union-attr]
         given = (self.copies.get(n, n) for n in node.args)  # type: ignore[call-overload]
         copies = dict(zip([n for n in inner.nodes if n.op == "placeholder"], given, strict=True))
         for one in inner.nodes:
             if one.op == "call_function":
                 copies[one] = self._copy(one, copies)
-        return copies[inner.output_node().args[0]]
+        return fx.map_arg(inner.output_node().args[0], lambda n: copies[n])
 
 
 def example() -> Graph:

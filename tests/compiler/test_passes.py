@@ -141,6 +141,23 @@ def test_rows_are_gathered_before_a_region() -> None:
     assert gather_early(after, CPU) is after
 
 
+def test_a_region_of_several_results_is_taken_apart() -> None:
+    def fn(x: torch.Tensor, rows: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+        h = torch.tanh(torch.cumsum(x, 0) * 3)
+        return [ingot.gather_rows(ingot.linear_add(ingot.linear(h, w, None) + 1, w, None, h / 2), rows)]
+
+    ingot = torch.ops.ingot
+    inputs = {"x": InputSpec(torch.float32, ("T", 8)), "rows": InputSpec(torch.int32, ("R",))}
+    graph = from_function(fn, inputs, weights={"w": (torch.float32, (8, 8))})
+    before = group_regions(graph, CPU)
+    assert any(isinstance(n.meta["val"], tuple) for n in regions(before)), "one region makes h and its half"
+    after = gather_early(before, CPU)
+    after.verify()
+    assert {show(after.shape(n)[0]) for n in regions(after) if isinstance(n.meta["val"], torch.Tensor)} == {"R"}
+    given = values(graph, 13) | {"w": torch.randn(8, 8)}
+    torch.testing.assert_close(after.run(given)[0], graph.run(given)[0])
+
+
 def test_a_size_that_became_a_number_is_an_error() -> None:
     graph = from_function(lambda x: [x + 1], {"x": InputSpec(torch.float32, ("T", 3))})
     graph.verify()
