@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from statistics import geometric_mean
 
 import torch
@@ -46,17 +47,18 @@ def fastest_together(layer: Sequence[str], runs: Mapping[str, Mapping[str, Runs]
     One call after the other is given another candidate, for good if the layer is faster so, until that is true of none.
     """
     chosen = {name: next(iter(found)) for name, found in runs.items()}
+    situations = max(len(r) for found in runs.values() for r in found.values())
 
-    situations = max((len(r) for found in runs.values() for r in found.values()), default=0)
-
-    def seconds() -> float:
-        times = []
+    @cache
+    def seconds(*candidates: str) -> float:
+        """Of the calls of `runs`, in their order."""
+        times, of = [], dict(zip(runs, candidates, strict=True))
         for situation in range(situations):
-            bound = [found[situation % len(found)] for found in (runs[name][chosen[name]] for name in layer)]
+            bound = [found[situation % len(found)] for found in (runs[name][of[name]] for name in layer)]
             times.append(graph_seconds([b[i % len(b)] for i in range(LAYERS) for b in bound]))
         return geometric_mean(times)
 
-    best, changed = seconds(), True
+    best, changed = seconds(*chosen.values()), True
     while changed:
         changed = False
         for name, found in runs.items():
@@ -64,7 +66,7 @@ def fastest_together(layer: Sequence[str], runs: Mapping[str, Mapping[str, Runs]
                 if candidate == (before := chosen[name]):
                     continue
                 chosen[name] = candidate
-                if (now := seconds()) < best * (1 - GAIN):
+                if (now := seconds(*chosen.values())) < best * (1 - GAIN):
                     best, changed = now, True
                 else:
                     chosen[name] = before

@@ -248,7 +248,7 @@ class _Selector:
 
     def _layers(self, programs: Iterable[Program]) -> list[tuple[list[str], Steps]]:
         """The calls of a layer in their order, for all decode steps, whose kernels are short. None where nothing is timed."""
-        if not self.measures or not overlaps(self.device):
+        if not overlaps(self.device):
             return []
         found = []
         for program in programs:
@@ -259,27 +259,32 @@ class _Selector:
 
     def _choose_together(self, layer: Sequence[_Wanted]) -> None:
         """Choose once more among what was nearly the fastest alone."""
-        choices = self.selection.choices
-        layer = [w for w in layer if choices[w.name, w.steps].candidate is not None]
-        tried = {w.name: near(self.raced[w.name, w.steps]) for w in layer if (w.name, w.steps) in self.raced}
-        if not tried:
+        of = {w.name: w for w in layer if self.selection.choices[w.name, w.steps].candidate is not None}
+        tried = {name: self._nearly_fastest(w) for name, w in of.items()}
+        if all(len(found) == 1 for found in tried.values()):
             return
-        of = {w.name: w for w in layer}
-        together = fastest_together([w.name for w in layer], {name: self._runs(w, tried.get(name)) for name, w in of.items()})
-        for name in tried:
-            w, best = of[name], together[name]
-            if best != tried[name][0]:
-                candidate = next(c for c in w.found if c.name == best)
-                reason = f"fastest of {len(tried[name])} measured among its layer's others"
-                choices[name, w.steps] = self._taken(candidate, self.gated[_use(w, candidate)], reason)
+        runs = {name: self._runs(of[name], found) for name, found in tried.items()}
+        for name, best in fastest_together([w.name for w in layer if w.name in of], runs).items():
+            w, found = of[name], tried[name]
+            candidate = next(c for c in found if c.name == best)
+            if candidate is not found[0]:
+                reason = f"fastest of {len(found)} measured among its layer's others"
+                self.selection.choices[name, w.steps] = self._taken(candidate, self.gated[_use(w, candidate)], reason)
                 self._tuned(w, candidate)
 
-    def _runs(self, w: _Wanted, names: Sequence[str] | None) -> dict[str, Runs]:
-        """Of these candidates of a call, or of the one that was chosen."""
+    def _nearly_fastest(self, w: _Wanted) -> list[Candidate]:
+        """The candidates of a call that was timed, the fastest first; else the one that was chosen."""
+        if (w.name, w.steps) not in self.raced:
+            chosen = self.selection.choices[w.name, w.steps].candidate
+            assert chosen is not None
+            return [chosen]
+        named = {c.name: c for c in w.found}
+        return [named[n] for n in near(self.raced[w.name, w.steps])]
+
+    def _runs(self, w: _Wanted, found: Sequence[Candidate]) -> dict[str, Runs]:
         assert self.device is not None
-        watch, chosen = Stopwatch(w.call, w.steps, self.device, LAYERS), self.selection.choices[w.name, w.steps].candidate
-        found = [chosen] if names is None else [next(c for c in w.found if c.name == n) for n in names]
-        return {c.name: watch.runs(c, self._loaded(c)) for c in found if c is not None}
+        watch = Stopwatch(w.call, w.steps, self.device, LAYERS)
+        return {c.name: watch.runs(c, self._loaded(c)) for c in found}
 
     def _loaded(self, candidate: Candidate) -> list[Loaded | None]:
         return [None if launch.source.backend == "torch" else self.emitted[launch.source][1] for launch in candidate.launches]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ingot.artifacts.settings import settings
 from ingot.artifacts.store import Store
+from ingot.ops.target import resolve
 
 from .build import CompileOptions, Job, Progress, device_for
 from .codegen.emit import Emitter
@@ -35,25 +36,24 @@ def tune(
     have in common is measured once.
     Weights are made up, so that a model's folder needs no more than its config.json. Raises TuningError without the device.
     """
-    entries: dict[str, Tuned] = {}
+    target = resolve(options.target)
+    device = device_for(target)
+    if device is None or not target.device:
+        raise TuningError(f"{target} is not here to measure on: run `ingot tune` on a machine that has it")
+    path = output or SHIPPED / f"{slug(target.device)}.json"
+    entries: dict[str, Tuned] = dict(entries_of(path, target)) if add and path.is_file() else {}
     rejected: list[str] = []
     for model in models:
         job = Job.prepare(model, replace(options, dummy_weights=True, tune=True))
-        device = device_for(job.target)
-        if device is None or not job.target.device:
-            raise TuningError(f"{job.target} is not here to measure on: run `ingot tune` on a machine that has it")
-        path = output or SHIPPED / f"{slug(job.target.device)}.json"
-        if add and not entries and path.is_file():
-            entries = dict(entries_of(path, job.target))
-        warm_up(job.target)
+        warm_up(target)
         graph, _ = job.lowered(lambda stage, done, model=model: progress(f"{model}: {stage}", done), lambda stage: None)  # type: ignore[misc]
         compiled = _stage(progress, f"{model}: compile kernels")
-        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(job.target, Store(settings().home), Path(folder), compiled) as emitter:
+        with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(target, Store(settings().home), Path(folder), compiled) as emitter:
             stage = _stage(progress, f"{model}: measure")
-            selection = select([p for _, p in job.programs(graph)], job.target, emitter, device, stage, Table(path.name, "", entries), measure=True)
+            selection = select([p for _, p in job.programs(graph)], target, emitter, device, stage, Table(path.name, "", entries), measure=True)
         entries |= selection.tuned
         rejected += selection.rejected
-    write(path, job.target, entries)
+    write(path, target, entries)
     return TuneReport(path, len(entries), rejected)
 
 

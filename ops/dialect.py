@@ -46,7 +46,7 @@ def op(
 
     `schema` has no alias annotations: ``"rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor"``. `fake` computes the
     outputs' shapes and dtypes from fake inputs (state outputs excluded: they look like the state that came in).
-    `rowwise` says that row t of every output depends on row t of the first argument alone; `host_sync`, that the reference
+    `rowwise` says that row t of every output depends on row t of the arguments that have rows, the first above all; `host_sync`, that the reference
     reads tensors on the host, so that it cannot be part of a CUDA graph.
     """
     name = schema.split("(", 1)[0]
