@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from statistics import geometric_mean
 
-import torch
+from ingot.ops.kernel import Steps
+from ingot.ops.target import Target
 
 from .measure import graph_seconds
 
@@ -73,6 +74,6 @@ def fastest_together(layer: Sequence[str], runs: Mapping[str, Mapping[str, Runs]
     return chosen
 
 
-def overlaps(device: torch.device | None) -> bool:
-    """Whether kernels run beside each other there."""
-    return device is not None and device.type == "cuda"
+def overlap(target: Target, steps: Steps) -> bool:
+    """Whether kernels run beside each other, and are so short that this decides: in decode steps of a GPU."""
+    return target.kind == "cuda" and steps.exact and steps.max_num_new == 1

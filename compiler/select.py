@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -22,10 +23,10 @@ from ingot.ops.kernel import Call, Candidate, Source, Steps, claimants
 from ingot.ops.target import Target
 
 from .codegen import region
-from .layer import LAYERS, Runs, fastest_together, layer_of, near, overlaps
+from .layer import LAYERS, Runs, fastest_together, layer_of, near, overlap
 from .measure import Stopwatch
 from .plan import Choice, reference_of
-from .tuning import Table, Tuned, fingerprint
+from .tuning import Table, Tuned, fingerprints
 from .variants import VariantSpec
 
 
@@ -69,6 +70,16 @@ class Program:
     calls: Sequence[Call]
     specs: Sequence[VariantSpec]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The calls, spelled out."""
+        return [repr(call) for call in self.calls]
+
+    @cached_property
+    def layer(self) -> list[str]:
+        """Those of one layer, in their order."""
+        return [self.names[i] for i in layer_of(self.names)]
+
 
 def select(programs: Iterable[Program], target: Target, emit: Emit, device: torch.device | None, progress: Callable[[int, int], None], table: Table,
            *, measure: bool = False, done: Callable[[str], None] = lambda stage: None) -> Selection:  # fmt: skip
@@ -106,6 +117,7 @@ class _Wanted:
     call: Call
     name: str  # the call, spelled out
     steps: Steps
+    layer: str  # of whose calls it is one, spelled out; "" if kernels are not chosen among their layer's others
     found: list[Candidate]
     tried: list[Candidate]
     reason: str
@@ -153,16 +165,19 @@ class _Selector:
 
     def all_wanted(self, program: Program) -> Iterator[_Wanted]:
         """Every call in every variant, each once."""
-        unique = {repr(call): call for call in program.calls}
+        unique = dict(zip(program.names, program.calls, strict=True))
         for spec in program.specs:
+            layer = program.layer if overlap(self.target, spec.steps) else []
+            spelled = "\n".join(layer)
             for name, call in unique.items():
                 found = candidates(call, spec.steps, self.target)
-                yield _Wanted(program.graph, call, name, spec.steps, found, *self._tried(call, spec.steps, found))
+                among = spelled if name in layer else ""
+                yield _Wanted(program.graph, call, name, spec.steps, among, found, *self._tried(call, spec.steps, found, among))
 
-    def _tried(self, call: Call, steps: Steps, found: list[Candidate]) -> tuple[list[Candidate], str]:
+    def _tried(self, call: Call, steps: Steps, found: list[Candidate], layer: str) -> tuple[list[Candidate], str]:
         if len(found) <= 1:
             return found, "only claimant"
-        if (hit := self.table.find(call, steps, found)) is not None:
+        if (hit := self.table.find(call, steps, found, layer)) is not None:
             candidate, entry = hit
             return [candidate], f"fastest of {len(found)} in the tuning table {self.table.name}, {entry.us:g} µs"
         return found if self.measures else found[:1], f"first of {len(found)} by rank"
@@ -244,18 +259,14 @@ class _Selector:
 
     def _tuned(self, w: _Wanted, best: Candidate) -> None:
         us = round(self.raced[w.name, w.steps][best.name] * 1e6, 2)
-        self.selection.tuned[fingerprint(w.call, w.steps, w.found)] = Tuned(_label(w), best.name, us)
+        for key in fingerprints(w.call, w.steps, w.found, w.layer):
+            self.selection.tuned[key] = Tuned(_label(w), best.name, us)
 
     def _layers(self, programs: Iterable[Program]) -> list[tuple[list[str], Steps]]:
-        """The calls of a layer in their order, for all decode steps, whose kernels are short. None where nothing is timed."""
-        if not overlaps(self.device):
+        """The calls of a layer in their order, for all steps in which they overlap. None where nothing is timed."""
+        if self.device is None:
             return []
-        found = []
-        for program in programs:
-            names = [repr(call) for call in program.calls]
-            layer = [names[i] for i in layer_of(names)]
-            found += [(layer, spec.steps) for spec in program.specs if spec.steps.exact and spec.steps.max_num_new == 1]
-        return found
+        return [(program.layer, spec.steps) for program in programs for spec in program.specs if overlap(self.target, spec.steps)]
 
     def _choose_together(self, layer: Sequence[_Wanted]) -> None:
         """Choose once more among what was nearly the fastest alone."""

@@ -50,8 +50,8 @@ def tune(
         compiled = _stage(progress, f"{model}: compile kernels")
         with tempfile.TemporaryDirectory(prefix="ingot-kernels-") as folder, Emitter(target, Store(settings().home), Path(folder), compiled) as emitter:
             stage = _stage(progress, f"{model}: measure")
-            selection = select([p for _, p in job.programs(graph)], target, emitter, device, stage, Table(path.name, "", entries), measure=True)
-        entries |= selection.tuned
+            selection = select([p for _, p in job.programs(graph)], target, emitter, device, stage, Table(path.name, "", entries, strict=True), measure=True)
+        entries = selection.tuned | entries  # what was measured before stays: another layer's choice is as good without its layer
         rejected += selection.rejected
     write(path, target, entries)
     return TuneReport(path, len(entries), rejected)

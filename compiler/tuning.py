@@ -1,8 +1,10 @@
 """Tuning tables: which candidate was fastest for a call when all of them were measured on a device.
 
 `artifacts/tuned/<device>.json` is one; `ingot tune` writes it. An entry is found by a hash of everything that the measurement
-depended on: the call, the steps, and every candidate with its sources. Where a kernel family has changed since, its entries are
-not found any more, and its candidates are measured again, or ranked where the device is not there.
+depended on: the call, the steps, every candidate with its sources, and the layer among whose other calls it was chosen (`layer.py`). Where a kernel family has
+changed since, its entries are not found any more, and its candidates are measured again, or ranked where the device is not there.
+
+What was chosen in a layer has a second entry, without it: another model's layer may have the same call, of attention for instance.
 """
 
 from __future__ import annotations
@@ -44,19 +46,22 @@ class _File(msgspec.Struct):
 
 @dataclass
 class Table:
-    """Of one device. `name`: the file that it came from, "" for none; `digest` is part of the artifact's key."""
+    """Of one device. `name`: the file that it came from, "" for none; `digest` is part of the artifact's key. `strict`: what was chosen in another layer
+    is not found."""
 
     name: str = ""
     digest: str = ""
     entries: dict[str, Tuned] = field(default_factory=dict)
+    strict: bool = False
 
     def key(self, measuring: bool) -> str:
         """What the key of an artifact says of how kernels were chosen."""
         return f"{self.name} {self.digest[:16]}" if self.name else "measured" if measuring else "no table"
 
-    def find(self, call: Call, steps: Steps, found: Sequence[Candidate]) -> tuple[Candidate, Tuned] | None:
+    def find(self, call: Call, steps: Steps, found: Sequence[Candidate], layer: str = "") -> tuple[Candidate, Tuned] | None:
         """The candidate to take, when these candidates were measured before. TuningError where the table names one that there is not: someone edited it."""
-        entry = self.entries.get(fingerprint(call, steps, found)) if self.entries else None
+        keys = fingerprints(call, steps, found, layer) if self.entries else ()
+        entry = next((self.entries[k] for k in (keys[:1] if self.strict else keys) if k in self.entries), None)
         if entry is None:
             return None
         named = [c for c in found if c.name == entry.candidate]
@@ -113,7 +118,11 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def fingerprint(call: Call, steps: Steps, found: Sequence[Candidate]) -> str:
-    """16 hexadecimal digits of the call, the steps and the candidates, in whatever order they rank."""
-    parts = [repr(call), repr(steps), *sorted(repr(replace(c, rank=0.0)) for c in found)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def fingerprints(call: Call, steps: Steps, found: Sequence[Candidate], layer: str = "") -> tuple[str, ...]:
+    """16 hexadecimal digits of the call, the steps, the candidates, in whatever order they rank, and the layer, if there is one; and the same without it."""
+    alone = hashlib.sha256("\n".join([repr(call), repr(steps), *sorted(repr(replace(c, rank=0.0)) for c in found)]).encode())
+    if not layer:
+        return (alone.hexdigest()[:16],)
+    among = alone.copy()
+    among.update(layer.encode())
+    return among.hexdigest()[:16], alone.hexdigest()[:16]

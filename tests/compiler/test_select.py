@@ -16,7 +16,7 @@ from ingot.compiler import select as selecting
 from ingot.compiler import tuning
 from ingot.compiler.build import CompileOptions, Job
 from ingot.compiler.select import Program, Selection, select
-from ingot.compiler.tuning import Table, Tuned, TuningError, fingerprint, table_for, write
+from ingot.compiler.tuning import Table, Tuned, TuningError, fingerprints, table_for, write
 from ingot.compiler.variants import VariantSpec
 from ingot.ops.kernel import Call, Candidate, Launch, Operand, Source, Steps, Tensor
 from ingot.ops.norm import rms_norm
@@ -113,17 +113,31 @@ def test_kernels_of_decode_steps_are_chosen_among_their_layers_others(family: li
         tried.append((len(tried), list(found)))
         return {name: "takes 1.1 0"}
 
-    monkeypatch.setattr(selecting, "overlaps", lambda device: True)
+    monkeypatch.setattr(selecting, "overlap", lambda target, steps: steps.exact)
     monkeypatch.setattr(selecting, "fastest_together", fastest)
     specs = [VariantSpec("decode_4", Steps(4, 4, 1, 4, True)), VariantSpec("tokens_64", Steps(64, 4, 64, 4, False))]
     chosen = run(Compiler(), specs=specs)
     assert tried == [(0, ["takes 1 0", "takes 1.1 0"])]
     assert reasons(chosen) == ["takes 1.1 0: fastest of 2 measured among its layer's others", "takes 1 0: fastest of 3 measured"]
-    assert [t.candidate for t in chosen.tuned.values()] == ["takes 1.1 0", "takes 1 0"]
+    assert [t.candidate for t in chosen.tuned.values()] == ["takes 1.1 0", "takes 1.1 0", "takes 1 0"]  # the first with its layer and without
     assert {c.kernels[0] for c in chosen.choices.values()} <= chosen.kernels.keys()
     decided = run(Compiler(), Table("a.json", "", chosen.tuned), specs=specs)
     assert len(tried) == 1, "what the table knows is not tried again"
     assert "takes 1.1 0" in reasons(decided)[0]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_another_layer_chose_is_better_than_the_rank_but_not_measured(family: list[Candidate], monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    monkeypatch.setattr(selecting, "overlap", lambda target, steps: True)
+    monkeypatch.setattr(selecting, "fastest_together", lambda layer, runs: {})
+    other = Call(CALL.op, CALL.args | {"eps": 1e-5}, CALL.results)
+    measured = run(Compiler(), specs=SPECS[:1])
+    program = Program(None, [CALL, other] * 2, SPECS[:1])  # type: ignore[arg-type]
+    table = Table("a.json", "", measured.tuned, strict)
+    chosen = select([program], DEVICE, Compiler(), CPU, lambda done, of: None, table, measure=True)
+    assert ("tuning table" in chosen.choices[repr(CALL), SPECS[0].steps].reason) is not strict
+    assert "tuning table" not in chosen.choices[repr(other), SPECS[0].steps].reason
+    assert len(chosen.tuned) == (4 if strict else 2)
 
 
 def test_a_table_spares_measuring_and_compiling_the_others(table: Table) -> None:
@@ -173,7 +187,7 @@ def test_what_was_not_measured_so_is_not_found(table: Table, family: list[Candid
 
 def test_a_table_cannot_get_a_wrong_kernel_past_the_gate(family: list[Candidate]) -> None:
     family[1] = candidate("0 0.5")
-    entries = {fingerprint(CALL, s.steps, family): Tuned("rms_norm", "takes 0 0.5", 1.0) for s in SPECS}
+    entries = {fingerprints(CALL, s.steps, family)[0]: Tuned("rms_norm", "takes 0 0.5", 1.0) for s in SPECS}
     compiler = Compiler()
     chosen = run(compiler, Table("a.json", "", entries))
     assert reasons(chosen) == ["takes 0.001 0: fastest of 2 measured"] * 3
@@ -182,7 +196,7 @@ def test_a_table_cannot_get_a_wrong_kernel_past_the_gate(family: list[Candidate]
 
 
 def test_a_table_that_names_a_kernel_that_is_not_there_is_an_error(family: list[Candidate]) -> None:
-    entries = {fingerprint(CALL, s.steps, family): Tuned("rms_norm T≤1", "takes 9 0", 1.0) for s in SPECS}
+    entries = {fingerprints(CALL, s.steps, family)[0]: Tuned("rms_norm T≤1", "takes 9 0", 1.0) for s in SPECS}
     with pytest.raises(TuningError, match=r"a\.json wants 'takes 9 0' for rms_norm T≤1, for which there are takes 0 0, .*ingot tune --add"):
         run(Compiler(), Table("a.json", "", entries))
 
