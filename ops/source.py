@@ -16,7 +16,7 @@ class Source:
     `symbol`; `signature` gives each run-time argument's type in order ("*bf16", "i32", "fp32"), `constants` the constexprs;
     every pointer, and each size named in `divisible`, is a multiple of 16. A kernel with a constexpr `PDL`, which the compiler
     of the source binds, may start before its predecessor has ended (programmatic dependent launch, sm_90 on): with PDL it must
-    call `tl.extra.cuda.gdc_wait()` before it reads or writes anything but weights and older pages of the KV cache.
+    call `tl.extra.cuda.gdc_wait()` before it reads or writes anything but weights, the step's own inputs and older pages of the KV cache.
     """
 
     family: str

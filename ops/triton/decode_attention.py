@@ -36,12 +36,12 @@ def load_heads(base, own, partner, mask, turns):
 
 
 @triton.jit
-def turned(h, p, own, partner, sign, c, s, weight, mask, turns, E: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):
-    """Heads of E columns as `load_heads` has them, normalized if there is a weight, then rotated."""
-    if weight is not None:
+def turned(h, p, gain, partner_gain, sign, c, s, turns, NORM: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr):
+    """Heads of E columns as `load_heads` has them, with NORM normalized with a weight that `load_heads` has read too, then rotated."""
+    if NORM:
         rstd = tl.rsqrt(tl.sum(h * h, 1) / E + EPS)[:, None]
-        h *= rstd * (tl.load(weight + own, mask=mask, other=0.0).to(tl.float32) + OFFSET)
-        p *= rstd * (tl.load(weight + partner, mask=mask & turns, other=0.0).to(tl.float32) + OFFSET)
+        h *= rstd * (gain + OFFSET)
+        p *= rstd * (partner_gain + OFFSET)
     return tl.where(turns, h * c + p * (s * sign), h)
 
 
@@ -156,8 +156,6 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         position = length - 1  # −1: a padding row
         pages = page_table + token * num_columns
         k, v, k_by, v_by, there = load_keys(k_cache, v_cache, k_scale, v_scale, pages, kv_head, low, high, K, E, F, PAGE, BLOCK_N, BLOCK_E, BLOCK_F)
-        if PDL:
-            tl.extra.cuda.gdc_wait()  # for this step's projection, while the first keys are on their way
         e = tl.arange(0, BLOCK_E)
         f = tl.arange(0, BLOCK_F)
         own, partner, sign, column = rotation(e, R, STYLE, HALF)
@@ -169,16 +167,27 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         head = kv_head * GROUP + m
         valid = m < GROUP
         wide = (e < E)[None, :]
+        one = tl.zeros([1, 1], tl.int32)
+        q_gain = one.to(tl.float32)
+        q_partner_gain = q_gain
+        k_gain = q_gain
+        k_partner_gain = q_gain
+        if q_weight is not None:
+            q_gain, q_partner_gain = load_heads(q_weight + one, own, partner, wide, turns)
+        if k_weight is not None:
+            k_gain, k_partner_gain = load_heads(k_weight + one, own, partner, wide, turns)
+        slot = tl.load(slot_mapping + token).to(tl.int64)
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # for this step's projection, while the first keys are on their way
         start = qkv + token * ((H + K) * E + K * F)
         # all that is read from memory, before the first of it is used
-        one = tl.zeros([1, 1], tl.int32)
         brings = one + part == 0  # the first part has the new key and value
         q, q_partner = load_heads(start + head[:, None] * E, own, partner, valid[:, None] & wide, turns)
         k_new, k_partner = load_heads(start + (H + kv_head) * E + one, own, partner, wide & brings, turns)
         v_new = tl.load(start + (H + K) * E + kv_head * F + one + f[None, :], mask=(f < F)[None, :] & brings, other=0.0).to(tl.float32)
         c = tl.load(cos + token * TABLE + column, mask=e < R, other=1.0).to(tl.float32)[None, :]
         s = tl.load(sin + token * TABLE + column, mask=e < R, other=0.0).to(tl.float32)[None, :]
-        q = turned(q, q_partner, own, partner, sign, c, s, q_weight, valid[:, None] & wide, turns, E, EPS, OFFSET)
+        q = turned(q, q_partner, q_gain, q_partner_gain, sign, c, s, turns, q_weight is not None, E, EPS, OFFSET)
         size = valid
         if SCALED:
             size = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
@@ -190,8 +199,7 @@ def decode_attention_kernel(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache,
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         if part == 0:
-            k_new = turned(k_new, k_partner, own, partner, sign, c, s, k_weight, wide, turns, E, EPS, OFFSET)
-            slot = tl.load(slot_mapping + token).to(tl.int64)
+            k_new = turned(k_new, k_partner, k_gain, k_partner_gain, sign, c, s, turns, k_weight is not None, E, EPS, OFFSET)
             place = (slot // PAGE * K + kv_head) * PAGE + slot % PAGE + one
             if SCALED:
                 new_key, new_key_by = eight_bit_row(k_new, k_static, kv_head, k_cache.dtype.element_ty, STATIC, K_LARGEST)

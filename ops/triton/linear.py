@@ -19,7 +19,7 @@ from ..kernel import Call, Candidate, Operand, Steps, Tensor, Tickets, claimants
 from ..target import SHARED_MEMORY_BYTES, Target
 from .activations import activate, tanh
 from .prefetch import prefetch_rows
-from .product_tile import FINISH_TILE, finish_tile, tile_at
+from .product_tile import FINISH_TILE, early_sum, finish_tile, tile_at
 from .source import FLOATS, launch, most, power_of_two, rows, supported
 
 PROGRAMS = 132
@@ -35,13 +35,19 @@ def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K:
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)[None, :]
     row = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k
-    # the first block of the weight is on its way before x is there
+    # the first block of the weight is on its way before x is there, and all of the norm's, which every block needs
     w = tl.load(row, mask=k < K, other=0.0)
     v = w
     if ACT is not None:
         v = tl.load(row + N * K, mask=k < K, other=0.0)
+    gains = ()
+    if norm_weight is not None:
+        for begin in tl.static_range(0, K, BLOCK_K):
+            gains += (tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0),)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if residual is not None:
+        added = tl.load(residual + n, mask=n < N, other=0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = acc
     squares = tl.zeros([1, BLOCK_K], tl.float32)
@@ -54,7 +60,7 @@ def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K:
         if EPS is not None:
             squares += h * h
             if norm_weight is not None:
-                h *= tl.load(norm_weight + begin + k, mask=begin + k < K, other=0.0).to(tl.float32) + OFFSET
+                h *= gains[begin // BLOCK_K].to(tl.float32) + OFFSET
         acc += w.to(tl.float32) * h
         if ACT is not None:
             up += v.to(tl.float32) * h
@@ -70,7 +76,7 @@ def gemv_kernel(x, norm_weight, weight, bias, residual, out, N: tl.constexpr, K:
     if bias is not None:
         h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if residual is not None:
-        h += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+        h += added.to(tl.float32)
     tl.store(out + n, h.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -95,6 +101,9 @@ def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: t
             if ACT is not None:
                 prefetch_rows(row + N * K + split * depth, BLOCK_N, PREFETCH, THREADS)
         tl.extra.cuda.gdc_wait()
+    EARLY: tl.constexpr = residual is not None and ACT is None and BLOCK_M * BLOCK_N <= 16 * THREADS
+    if EARLY:
+        added = early_sum(residual, m[:, None], n[None, :], num_rows, N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
     for step in range(0, depth, BLOCK_K):
@@ -112,7 +121,9 @@ def gemm_kernel(x, weight, bias, residual, out, partial, tickets, num_rows, N: t
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
         if ACT is not None:
             up = tl.dot(h, v, up, input_precision=PRECISION)
-    finish_tile(acc, up, bias, residual, out, partial, tickets, m[:, None], n[None, :], num_rows, N, SPLIT, ACT)
+    if EARLY:
+        acc += added.to(tl.float32)
+    finish_tile(acc, up, bias, None if EARLY else residual, out, partial, tickets, m[:, None], n[None, :], num_rows, N, SPLIT, ACT)
 
 
 @dataclass(frozen=True)
@@ -237,7 +248,7 @@ def _gemm(call: Call, steps: Steps, target: Target) -> list[Candidate]:
         constants = {"N": width, "K": depth, "ACT": call.args.get("act"), "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "HEIGHT": 8, "SPLIT": t.split,
                      "PREFETCH": ahead, "THREADS": 32 * t.warps, "PRECISION": "ieee" if x.dtype == torch.float32 else None}  # fmt: skip
         constants |= {p: None for p in ("bias", "residual", "partial", "tickets") if p not in inputs | shared}
-        functions, grid = [gemm_kernel, tile_at, *FINISH_TILE, prefetch_rows], ((count, t.m), (width, t.n), (t.split, 1))
+        functions, grid = [gemm_kernel, tile_at, *FINISH_TILE, early_sum, prefetch_rows], ((count, t.m), (width, t.n), (t.split, 1))
         one = launch(call, functions, inputs | shared | num_rows, constants, grid, scratch=scratch, num_warps=t.warps, num_stages=t.stages)
         found.append(Candidate(f"gemm_{t}", (one,), scratch, rank=i / 10 if most(count, steps) <= 64 else 1.0 + i))
     return found

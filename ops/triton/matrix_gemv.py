@@ -162,23 +162,28 @@ def finish(acc, up, factor, scale, bias, residual, out, panel, N: gl.constexpr, 
 
 
 @gluon.jit
-def make_ready(x, norm_weight, row, K: gl.constexpr, RUNS: gl.constexpr, BLOCKS: gl.constexpr, STEPS: gl.constexpr, EPS: gl.constexpr,
-               OFFSET: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """Put the row x, times the norm's weight, into shared memory, as it is multiplied → what results are to be multiplied with."""
+def load_row(values, K: gl.constexpr, BLOCKS: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):
+    """The row at `values`, or () of None."""
     layout: gl.constexpr = gl.BlockedLayout([BLOCKS * 4 // WARPS], [32], [WARPS], [0])
     loaded = ()
-    for step in gl.static_range(STEPS):  # all loads before the first use
-        k = step * BLOCKS * 128 + gl.arange(0, BLOCKS * 128, layout)
-        gain = 0
-        if norm_weight is not None:
-            gain = gl.load(norm_weight + k, mask=k < K, other=0.0)
-        loaded += (gl.load(x + k, mask=k < K, other=0.0), gain)
+    if values is not None:
+        for step in gl.static_range(STEPS):
+            k = step * BLOCKS * 128 + gl.arange(0, BLOCKS * 128, layout)
+            loaded += (gl.load(values + k, mask=k < K, other=0.0),)
+    return loaded
+
+
+@gluon.jit
+def make_ready(loaded, gains, row, K: gl.constexpr, RUNS: gl.constexpr, BLOCKS: gl.constexpr, STEPS: gl.constexpr, EPS: gl.constexpr,
+               OFFSET: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Put a row and the norm's weight, as `load_row` has them, multiplied into shared memory → what results are to be multiplied with."""
+    layout: gl.constexpr = gl.BlockedLayout([BLOCKS * 4 // WARPS], [32], [WARPS], [0])
     squares = gl.zeros([BLOCKS * 128], gl.float32, layout)
     for step in gl.static_range(STEPS):
-        h = gl.cast(loaded[2 * step], gl.float32)
+        h = gl.cast(loaded[step], gl.float32)
         squares += h * h
-        if norm_weight is not None:
-            h *= loaded[2 * step + 1].to(gl.float32) + OFFSET
+        if len(gains) > 0:
+            h *= gains[step].to(gl.float32) + OFFSET
         h = h.to(row.dtype).reshape([BLOCKS, RUNS, 128 // RUNS]).permute((1, 0, 2)).reshape([RUNS * BLOCKS, 128 // RUNS])
         row.index(step).store(h)
     if EPS is not None:
@@ -203,11 +208,12 @@ def matrix_gemv_kernel(x, norm_weight, weight, scale, zero, bias, residual, out,
     held = ()
     for step in gl.static_range(AHEAD):
         held += load_step(weight, scale, first, None, step, N, WORDS, GROUP, SCALES, RUNS, BLOCKS, WARPS, GATED, gl.SliceLayout(2, layout))
+    gains = load_row(norm_weight, K, BLOCKS, STEPS, WARPS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = gl.allocate_shared_memory(x.dtype.element_ty, [STEPS, RUNS * BLOCKS, 128 // RUNS], gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
-    factor = make_ready(x, norm_weight, row, K, RUNS, BLOCKS, STEPS, EPS, OFFSET, WARPS)
+    factor = make_ready(load_row(x, K, BLOCKS, STEPS, WARPS), gains, row, K, RUNS, BLOCKS, STEPS, EPS, OFFSET, WARPS)
     gl.thread_barrier()
     if ONCE:
         acc, up, held = multiply(held, row, weight, scale, zero, magic, first, 0, None, N, WORDS, GROUP, SCALES, MIDDLE, RUNS, BLOCKS, STEPS, AHEAD, WARPS,
@@ -227,7 +233,7 @@ def matrix_gemvs(one: Product) -> list[Candidate]:
         return []
     operands = {n: Operand(arg=n) for n in ("x", "norm_weight", "weight", "scale", "zero", "bias", "residual")} | {
         "out": Operand(out=0), "magic": Operand(const=MAGIC[one.x.dtype])}  # fmt: skip
-    functions = [matrix_gemv_kernel, make_ready, finish, multiply, product, load_step, load_zeros, load_scales, load_words, widened, nibble_pairs,
+    functions = [matrix_gemv_kernel, make_ready, load_row, finish, multiply, product, load_step, load_zeros, load_scales, load_words, widened, nibble_pairs,
                  activate, tanh]  # fmt: skip
     constants = one.constants("BITS", "SCALE_ROWS", "X_GROUP", "PANEL") | {"EPS": one.call.args["eps"], "OFFSET": one.call.args["offset"]}
     panels, chunks = one.width // PANEL, -(-one.k // CHUNK)

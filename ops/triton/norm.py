@@ -15,11 +15,14 @@ MAX_WIDTH = 1 << 15
 @triton.jit
 def rms_norm_kernel(x, residual, weight, out, total, num_rows, EPS: tl.constexpr, OFFSET: tl.constexpr, D: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The weight comes from memory and the rows from L2: it is asked for while the predecessor ends."""
+    col = tl.arange(0, BLOCK_D)
+    if weight is not None:
+        gain = tl.load(weight + col, mask=col < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_D)
     mask = (row < num_rows)[:, None] & (col < D)[None, :]
     at = row.to(tl.int64)[:, None] * D + col[None, :]
     h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -30,7 +33,7 @@ def rms_norm_kernel(x, residual, weight, out, total, num_rows, EPS: tl.constexpr
         h = rounded.to(tl.float32)
     h *= tl.rsqrt(tl.sum(h * h, 1) / D + EPS)[:, None]
     if weight is not None:
-        h *= tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)[None, :] + OFFSET
+        h *= gain.to(tl.float32)[None, :] + OFFSET
     tl.store(out + at, h.to(out.dtype.element_ty), mask=mask)
 
 

@@ -12,7 +12,7 @@ def prefetch_rows(row, ROWS: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.cons
 
     The pointers are multiples of 16 if BYTES is one: the hardware takes no others, so nothing is asked for if it is not.
     """
-    PIECES: tl.constexpr = max(THREADS // ROWS, 1)
+    PIECES: tl.constexpr = max(min(THREADS // ROWS, (BYTES & -BYTES) // 64), 1)
     PIECE: tl.constexpr = BYTES // PIECES // 16 * 16
     if PIECE > 0 and BYTES % 16 == 0:
         at = row.to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * PIECE

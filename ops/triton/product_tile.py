@@ -24,6 +24,16 @@ def tile_at(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEIGHT: tl.constexpr):
 
 
 @triton.jit
+def early_sum(residual, m, n, num_rows, N: tl.constexpr):
+    """The residual of rows m and columns n (one of them along each axis) for the first of the programs that share a tile; the others have zeros.
+
+    Asked for before the product, where a tile has registers for it, so that nobody waits for it at the end.
+    """
+    mask = (m < num_rows) & (n < N) & (tl.program_id(2) == 0)
+    return tl.load(residual + m.to(tl.int64) * N + n, mask=mask, other=0.0)
+
+
+@triton.jit
 def add_and_store(h, bias, residual, out, at, n, mask, N: tl.constexpr):
     if bias is not None:
         h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)

@@ -14,7 +14,7 @@ from ..kernel import Candidate, Launch, Operand, Tensor, Tickets
 from ..target import SHARED_MEMORY_BYTES, Target
 from .linear import PROGRAMS, prefetched, split_of
 from .prefetch import prefetch_rows
-from .product_tile import FINISH_TILE, tile_at
+from .product_tile import FINISH_TILE, early_sum, tile_at
 from .quantized_product import CHUNK, Product, Weights
 from .source import launch, power_of_two
 
@@ -108,6 +108,6 @@ def gemm(product: Product, functions: Sequence[JITFunction], operands: Mapping[s
               "PREFETCH": prefetched(product.k, product.weights.bits, t.split, t.n, t.k, product.rows == 1) if t.m <= 64 else 0, **constants}  # fmt: skip
     parts, absent, scratch = parts_of_sums(product, t.split, -(-product.rows // t.m) * -(-width // t.n), scratch)
     operands = {**operands, "bias": Operand(arg="bias"), "residual": Operand(arg="residual"), "out": Operand(out=0), **parts, "num_rows": Operand(size=tokens)}
-    one = launch(product.call, [*functions, tile_at, *FINISH_TILE, prefetch_rows], operands, blocks | absent,
+    one = launch(product.call, [*functions, tile_at, *FINISH_TILE, early_sum, prefetch_rows], operands, blocks | absent,
                  ((tokens, t.m), (width, t.n), (t.split, 1)), scratch=scratch, num_warps=t.warps, num_stages=t.stages)  # fmt: skip
     return Candidate(f"gemm_{t}", (*before, one), scratch)

@@ -157,6 +157,10 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
     v = w
     if ACT is not None:
         v = codes_of(row + N * WORDS, 0, WORDS, BITS, BLOCK_K, PANEL)
+    if GROUP == 0:  # and what is needed at the end
+        own_scale = tl.load(scale + inside)
+        if ACT is not None:
+            other_scale = tl.load(scale + N + inside)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
@@ -167,6 +171,8 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
             if ACT is not None:
                 prefetch_rows(rest + N * WORDS, PANELS, PREFETCH * PANEL, THREADS)
         tl.extra.cuda.gdc_wait()
+    if residual is not None:
+        added = tl.load(residual + n, mask=n < N, other=0.0)
     by = 0.0
     factor = 1.0
     if EPS is not None or (ROUND is not None and X_GROUP == 0 and input_scale is None):
@@ -204,15 +210,17 @@ def quantized_gemv_kernel(x, norm_weight, input_scale, weight, scale, zero, bias
     if ACT is not None:
         u = tl.sum(up, 1)
     if GROUP == 0:
-        h *= tl.load(scale + inside).to(tl.float32)
+        h *= own_scale.to(tl.float32)
         if ACT is not None:
-            u *= tl.load(scale + N + inside).to(tl.float32)
+            u *= other_scale.to(tl.float32)
     if ROUND is not None and X_GROUP == 0:
         factor *= by
     h *= factor
     if ACT is not None:
         h = activate(h, ACT) * (u * factor)
-    add_and_store(h, bias, residual, out, n, n, n < N, N)
+    if residual is not None:
+        h += added.to(tl.float32)
+    add_and_store(h, bias, None, out, n, n, n < N, N)
 
 
 def gemvs(product: Product) -> list[Candidate]:

@@ -25,11 +25,16 @@ def round_rows_kernel(x, added, total, norm_weight, input_scale, codes, scales, 
 
     EPS: rows are normalized first, and before that what is `added`, and their sum `total` written. GATE: they are gate | up first, [rows, 2K].
     """
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    # what lies in memory, and not in L2, is on its way before x is there
+    if norm_weight is not None:
+        gain = tl.load(norm_weight + k, mask=k < K, other=0.0)
+    if input_scale is not None:
+        given = tl.load(input_scale)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     mask = (m < num_rows) & (k < K)
     at = m.to(tl.int64) * K + k
     if GATE is not None:
@@ -40,18 +45,19 @@ def round_rows_kernel(x, added, total, norm_weight, input_scale, codes, scales, 
     if added is not None:
         h += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(total + at, h.to(total.dtype.element_ty), mask=mask)
-    if EPS is not None:
-        h *= tl.rsqrt(tl.sum(h * h, 1) / K + EPS)[:, None]
-        if norm_weight is not None:
-            h *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 else 1
+    factor = 1.0
+    if EPS is not None:
+        factor = tl.rsqrt(tl.sum(h * h, 1) / K + EPS)[:, None]
+        if norm_weight is not None:
+            h *= gain.to(tl.float32) + OFFSET
     h = tl.reshape(h, [BLOCK_M * GROUPS, BLOCK_K // GROUPS])
     if input_scale is not None:
-        by = tl.load(input_scale) + tl.zeros([BLOCK_M * GROUPS, 1], tl.float32)
+        by = given / factor + tl.zeros([BLOCK_M, 1], tl.float32)
     else:
-        by = row_scale(h, LARGEST)
+        by = row_scale(h, LARGEST)  # of x before it is normalized, as are the codes: neither reduction waits for the other
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    tl.store(scales + m * SCALES + group, tl.reshape(by, [BLOCK_M, GROUPS]), mask=(m < num_rows) & (group < SCALES))
+    tl.store(scales + m * SCALES + group, tl.reshape(by, [BLOCK_M, GROUPS]) * factor, mask=(m < num_rows) & (group < SCALES))
     rounded = to_eight_bits(h, by, codes.dtype.element_ty, LARGEST)
     tl.store(codes + at, tl.reshape(rounded, [BLOCK_M, BLOCK_K]), mask=mask)
 
@@ -70,5 +76,5 @@ def rounded(product: Product, gate: str | None = None) -> tuple[Launch, tuple[Te
                  "OFFSET": call.args["offset"], "GATE": gate, "BLOCK_M": block_m, "BLOCK_K": block_k}  # fmt: skip
     constants |= {} if sums else {"added": None, "total": None}
     functions = [round_rows_kernel, row_scale, to_eight_bits, activate, tanh]
-    warps = 4 if block_k <= 2048 else 16 if gate and block_k > 8192 else 8
+    warps = 4 if block_k <= 2048 else 16 if block_k <= 8192 else 32  # few rows wait for the latency of one, and many for as much
     return launch(call, functions, operands, constants, ((tokens, block_m), (k, block_k)), scratch=scratch, num_warps=warps), scratch

@@ -11,7 +11,7 @@ from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
 from ..library import multiplies_codes
 from .prefetch import prefetch_rows
-from .product_tile import finish_tile, tile_at
+from .product_tile import early_sum, finish_tile, tile_at
 from .quantized_gemm import Tile, Tiles, gemm, tiles
 from .quantized_product import Product
 from .round_rows import rounded
@@ -55,6 +55,13 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
     start = tl.program_id(2) * depth
     k = tl.arange(0, BLOCK_K)
     row = weight + inside * K
+    scale_row = scale + inside // SCALE_ROWS * SCALES
+    up_scale_row = scale + (inside + N) // SCALE_ROWS * SCALES
+    # what is needed at the end is asked for at the beginning
+    if GROUP == 0:
+        by = tl.load(scale_row)
+        if ACT is not None:
+            up_by = tl.load(up_scale_row)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
@@ -64,10 +71,13 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
         tl.extra.cuda.gdc_wait()
     w_row = row[:, None] + k[None, :]
     x_row = x + token[None, :] * K + k[:, None]
-    scale_row = scale + inside // SCALE_ROWS * SCALES
-    up_scale_row = scale + (inside + N) // SCALE_ROWS * SCALES
     x_scale_row = x_scale + token * X_SCALES
     valid = (m < num_rows)[None, :]
+    EARLY: tl.constexpr = residual is not None and ACT is None and BLOCK_N * BLOCK_M <= 16 * THREADS
+    if EARLY:
+        added = early_sum(residual, m[None, :], n[:, None], num_rows, N)
+    if X_GROUP == 0:
+        x_by = tl.load(x_scale_row)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if weight.dtype.element_ty == tl.int8 and GROUP + X_GROUP == 0 else tl.float32)
     up = acc
     s = None
@@ -105,14 +115,15 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
     h = acc.to(tl.float32)
     u = up.to(tl.float32)
     if GROUP == 0:
-        h *= tl.load(scale_row).to(tl.float32)[:, None]
+        h *= by.to(tl.float32)[:, None]
         if ACT is not None:
-            u *= tl.load(up_scale_row).to(tl.float32)[:, None]
+            u *= up_by.to(tl.float32)[:, None]
     if X_GROUP == 0:
-        by = tl.load(x_scale_row)[None, :]
-        h *= by
-        u *= by
-    finish_tile(h, u, bias, residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
+        h *= x_by[None, :]
+        u *= x_by[None, :]
+    if EARLY:
+        h += added.to(tl.float32)
+    finish_tile(h, u, bias, None if EARLY else residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
 
 
 def scaled_gemms(product: Product, gate: str | None = None) -> list[Candidate]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..kernel import Candidate, Operand
 from .dequantize import MAGIC, nibble_pairs, register_rows, runs_of, widen_bytes, widen_nibbles
 from .prefetch import prefetch_rows
-from .product_tile import finish_tile, tile_at
+from .product_tile import early_sum, finish_tile, tile_at
 from .quantized_gemm import Tile, Tiles, gemm, tiles
 from .quantized_product import Product, begin_of, word_of
 
@@ -43,6 +43,14 @@ def widen_tile(row, zero, scale, magic, begin, K: tl.constexpr, WORDS: tl.conste
 
 
 @triton.jit
+def prefetch_groups(values, apart, PANELS: tl.constexpr, COUNT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for COUNT scales or zeros at each of PANELS pointers; of gated products also for those that are `apart` from them."""
+    prefetch_rows(values, PANELS, COUNT * values.dtype.element_ty.primitive_bitwidth // 8, THREADS)
+    if ACT is not None:
+        prefetch_rows(values + apart, PANELS, COUNT * values.dtype.element_ty.primitive_bitwidth // 8, THREADS)
+
+
+@triton.jit
 def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr,
                             WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr,
                             MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr,
@@ -70,6 +78,11 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
             prefetch_rows(ahead, BLOCK_N // PANEL, PREFETCH * PANEL, THREADS)
             if ACT is not None:
                 prefetch_rows(ahead + N * WORDS, BLOCK_N // PANEL, PREFETCH * PANEL, THREADS)
+            if BITS == 4 and GROUP > 0 and EVEN and depth % EACH == 0:  # from memory they would come later than the loop wants them
+                groups = panels * SCALES + start // EACH * PANEL
+                prefetch_groups(scale + groups, N * SCALES, BLOCK_N // PANEL, depth // EACH * PANEL, ACT, THREADS)
+                if zero is not None:
+                    prefetch_groups(zero + groups, N * SCALES, BLOCK_N // PANEL, depth // EACH * PANEL, ACT, THREADS)
     k = tl.arange(0, BLOCK_K)
     x_row = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * K + k[:, None]
     valid = (m < num_rows)[None, :]
@@ -89,8 +102,15 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
         z = runs_of(zero_row, start, EACH, SCALES, RUNS, PANEL).to(dtype)
         if ACT is not None:
             y = runs_of(zero_row + N * SCALES, start, EACH, SCALES, RUNS, PANEL).to(dtype)
+    if GROUP == 0:  # what is needed at the end is asked for at the beginning
+        by = tl.load(scale_row)
+        if ACT is not None:
+            up_by = tl.load(up_scale_row)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    EARLY: tl.constexpr = residual is not None and ACT is None and BLOCK_N * BLOCK_M <= 16 * THREADS
+    if EARLY:
+        added = early_sum(residual, m[None, :], n[:, None], num_rows, N)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = acc
     for begin in range(start, start + depth, BLOCK_K):
@@ -118,13 +138,15 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
                 if ACT is not None:
                     y = runs_of(zero_row + N * SCALES, begin + BLOCK_K, EACH, SCALES, RUNS, PANEL).to(dtype)
     if GROUP == 0:
-        acc *= tl.load(scale_row).to(tl.float32)[:, None]
+        acc *= by.to(tl.float32)[:, None]
         if ACT is not None:
-            up *= tl.load(up_scale_row).to(tl.float32)[:, None]
-    finish_tile(acc, up, bias, residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
+            up *= up_by.to(tl.float32)[:, None]
+    if EARLY:
+        acc += added.to(tl.float32)
+    finish_tile(acc, up, bias, None if EARLY else residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
 
 
 def weight_only_gemms(product: Product) -> list[Candidate]:
     operands = {n: Operand(arg=n) for n in ("x", "weight", "scale", "zero")} | {"magic": Operand(const=MAGIC[product.x.dtype])}
-    functions = [weight_only_gemm_kernel, begin_of, word_of, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
+    functions = [weight_only_gemm_kernel, prefetch_groups, begin_of, word_of, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
     return [gemm(product, functions, operands, product.constants("X_GROUP"), t) for t in tiles(product, TILES)]

@@ -486,6 +486,8 @@ def quantized_linear_cases():
         ("int4_group128", "none", 1, 96, 330, {"norm": True, "act": "silu"}),
         ("int4_group128", "none", 5, 72, 330, {"norm": False}),
         ("fp8_e4m3_channel", "fp8_e4m3_token", 150, 80, 208, {"act": "silu"}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 150, 80, 208, {"residual": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_static", 5, 40, 96, {"norm": True}),
         ("fp8_e4m3_channel", "fp8_e4m3_static", 1, 40, 96, {"act": "silu"}),
         ("fp8_e4m3_channel", "fp8_e4m3_static", 5, 40, 96, {}),
         ("fp8_e4m3_block128", "none", 1, 140, 330, {}),
