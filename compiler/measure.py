@@ -22,6 +22,9 @@ PROMPTS = (1, 3)
 """Sequences of a step with prompts, which have no cached tokens: one that fills it has other work for each tile than several."""
 MAX_COPIES = 15
 """Of a call's inputs while it is timed; calls so small that these fit in a cache are timed by their latency, not by memory."""
+LONG, WARM = 1e-3, 0.25
+"""Seconds of a kernel that is long, and of the work after which such ones are compared: as in a prompt of that length, a GPU has come to what its power allows.
+Products of 8,192 rows take 8 to 15% longer then than at first, and not all of them as much (H100)."""
 MAX_SHARE = 64
 """Of the device's memory, the part that a call's inputs may take so that each layer has its own: all calls of a layer have theirs at once."""
 
@@ -52,11 +55,11 @@ class Stopwatch:
             copies = copies_of(max(nbytes, 1), card.L2_cache_size, card.total_memory, self._layers)
         return [inputs, *({n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()} for _ in range(copies))], sizes
 
-    def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> float:
+    def seconds(self, candidate: Candidate, kernels: Sequence[Loaded | None], warm: float = 0.0) -> float:
         """Of one run, the geometric mean of the situations: what a short one loses counts as much as what a long one does. `kernels`: one a launch, None for
-        library calls."""
+        library calls. `warm`: seconds of work before, on a GPU."""
         timed = self.runs(candidate, kernels)
-        return statistics.geometric_mean(cuda_seconds(runs) if self._device.type == "cuda" else _cpu_seconds(runs[0]) for runs in timed)
+        return statistics.geometric_mean(cuda_seconds(runs, warm) if self._device.type == "cuda" else _cpu_seconds(runs[0]) for runs in timed)
 
     def runs(self, candidate: Candidate, kernels: Sequence[Loaded | None]) -> list[list[Callable[[], object]]]:
         """In each situation, one for each copy of the inputs."""
@@ -68,14 +71,14 @@ def copies_of(nbytes: int, cache: int, memory: int, layers: int) -> int:
     return max(min(math.ceil(2 * cache / nbytes), MAX_COPIES), min(layers - 1, memory // MAX_SHARE // nbytes))
 
 
-def cuda_seconds(runs: Sequence[Callable[[], object]]) -> float:
-    """Median time of one of `runs` in a CUDA graph of at least ten, since that is how they will be replayed."""
+def cuda_seconds(runs: Sequence[Callable[[], object]], warm: float = 0.0) -> float:
+    """Median time of one of `runs` in a CUDA graph of at least ten, since that is how they will be replayed, when the device has done it for `warm` seconds."""
     count = max(10, len(runs))
-    return graph_seconds([runs[i % len(runs)] for i in range(count)]) / count
+    return graph_seconds([runs[i % len(runs)] for i in range(count)], warm) / count
 
 
-def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:
-    """Median time of all `runs`, one after the other in a CUDA graph."""
+def graph_seconds(runs: Sequence[Callable[[], object]], warm: float = 0.0) -> float:
+    """Median time of all `runs`, one after the other in a CUDA graph, when the device has done it for `warm` seconds."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         runs[0]()
@@ -86,6 +89,8 @@ def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:
         for run in runs:
             run()
         graph.capture_end()
+    for _ in range(math.ceil(warm / event_seconds(graph.replay, 1)) if warm else 0):
+        graph.replay()
     return event_seconds(graph.replay)
 
 
