@@ -48,6 +48,7 @@ PARTS = (
     Part("tune-fp8", 2, "{python} -m ingot.serve.cli tune --add --quantize fp8 {configs}/llama-3.1-8b"),
     Part("tune-int4", 2, "{python} -m ingot.serve.cli tune --add --quantize int4-g128 {configs}/llama-3.1-8b"),
     benchmark("quantized", 5, "gpu_quantized.py", "{out}/quantized.json", "--seconds 270"),
+    benchmark("codes", 3, "gpu_codes.py", "-o {out}/codes.json"),
     benchmark("tables-fp8", 3, "tables.py", "{configs}/llama-3.1-8b", "--parts latency,throughput", '--flags "--quantize fp8"', "--suffix fp8",
               "--results {out}/tables.json"),
     benchmark("tables-int4", 3, "tables.py", "{configs}/llama-3.1-8b", "--parts latency,throughput", '--flags "--quantize int4-g128"',
