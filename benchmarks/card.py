@@ -43,6 +43,7 @@ PARTS = (
     benchmark("kernels-qwen", 1, "kernel_profile.py", "{configs}/qwen3-0.6b", "-o {out}/kernels-qwen3-0.6b.json"),
     benchmark("kernels-llama", 1.5, "kernel_profile.py", "{configs}/llama-3.1-8b", "-o {out}/kernels-llama-3.1-8b.json"),
     benchmark("without", 1.5, "without.py", "{configs}/llama-3.1-8b", "--quantize fp8", "-o {out}/without-llama-3.1-8b-fp8.json"),
+    benchmark("weights-ahead", 3, "weights_ahead.py", "{configs}/llama-3.1-8b", "--quantize fp8", "-o {out}/weights-ahead-fp8.json"),
     benchmark("persistent-qwen", 1.5, "persistent_layer.py", "{configs}/qwen3-0.6b", "--batch 1,16,64", "-o {out}/persistent-qwen3-0.6b.json"),
     benchmark("persistent-llama", 1.5, "persistent_layer.py", "{configs}/llama-3.2-1b", "--batch 1,16,64", "-o {out}/persistent-llama-3.2-1b.json"),
     Part("tune-fp8", 2, "{python} -m ingot.serve.cli tune --add --quantize fp8 {configs}/llama-3.1-8b"),
