@@ -20,24 +20,20 @@ import torch
 import triton
 import triton.language as tl
 from gpu_kernels import here
-from gpu_quantized import linear
+from gpu_quantized import products
+from gpu_tiles import timed
 
 import ingot.ops.library  # noqa: F401  (a claimant too)
-from ingot.artifacts import gate
-from ingot.compiler.codegen.emit import load_here
-from ingot.compiler.measure import Stopwatch
 from ingot.ops import triton as families
-from ingot.ops.kernel import Candidate, Operand, claimants
+from ingot.ops.kernel import Candidate, claimants
 from ingot.ops.triton.activations import activate
 from ingot.ops.triton.linear import PROGRAMS
 from ingot.ops.triton.prefetch import prefetch_rows
 from ingot.ops.triton.product_tile import finish_tile, tile_at
-from ingot.ops.triton.quantized_gemm import Tile, fitting, gemm
+from ingot.ops.triton.quantized_gemm import Tile, fitting
 from ingot.ops.triton.quantized_product import Product
-from ingot.ops.triton.round_rows import rounded
-from ingot.ops.triton.scaled_gemm import multiply_codes, scaled_gemm_kernel
+from ingot.ops.triton.scaled_gemm import multiply_codes, of_tiles, scaled_gemm_kernel
 
-PRODUCTS = {"qkv": (4096, 6144, None, False), "o": (4096, 4096, None, True), "gate_up": (4096, 28672, "silu", False), "down": (14336, 4096, None, True)}
 GRID = tuple(Tile(n, m, k, w, 8) for n, m, k, w in itertools.product((64, 128, 256), (64, 128, 256), (128, 256), (4, 8)))
 SPLITS = (2, 3, 4, 8)
 
@@ -79,11 +75,7 @@ def paired(product: Product) -> list[Candidate]:
     """Those of a gated product."""
     if product.act is None:
         return []
-    first, scratch = rounded(product)
-    operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
-    constants = product.constants("WORDS", "BITS", "MIDDLE", "PANEL") | {"X_SCALES": scratch[1].shape[1]}
-    found = [gemm(product, [paired_gemm_kernel], operands, constants, t, (first,), scratch) for t in grid(product)]
-    return [Candidate(f"paired_{c.name}", c.launches, c.scratch) for c in found]
+    return [replace(c, name=f"paired_{c.name}") for c in of_tiles(product, grid(product), [paired_gemm_kernel])]
 
 
 def grid(product: Product) -> list[Tile]:
@@ -100,10 +92,7 @@ def split(product: Product) -> list[Candidate]:
     for t in grid(product):
         programs = -(-product.rows // t.m) * -(-product.width // t.n)
         tiles += [t, *(replace(t, split=s) for s in SPLITS if PROGRAMS // 2 <= programs * s <= 2 * PROGRAMS and product.k >= 4 * s * t.k)]
-    first, scratch = rounded(product)
-    operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
-    constants = product.constants("WORDS", "BITS", "MIDDLE", "PANEL") | {"X_SCALES": scratch[1].shape[1]}
-    return [gemm(product, [scaled_gemm_kernel, multiply_codes], operands, constants, t, (first,), scratch) for t in tiles]
+    return of_tiles(product, tiles, [scaled_gemm_kernel, multiply_codes])
 
 
 def candidates(product: Product) -> list[Candidate]:
@@ -115,32 +104,19 @@ def candidates(product: Product) -> list[Candidate]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", default="128,256")
-    parser.add_argument("--only", default=",".join(PRODUCTS))
+    parser.add_argument("--only", default="qkv,o,gate_up,down")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     families.load()
-    target, device = here(), torch.device("cuda")
-    todo = []
-    for rows, name in itertools.product(map(int, args.rows.split(",")), args.only.split(",")):
-        k, n, act, residual = PRODUCTS[name]
-        _, call, steps, _, _ = linear("fp8", name, rows, k, n, act, residual)
+    target, todo = here(), []
+    for problem, call, steps, *_ in (p for rows in map(int, args.rows.split(",")) for p in products("fp8", rows)):
         product = Product.of(call, steps, target)
         assert product is not None
-        todo.append((f"{name} {rows}", call, steps, candidates(product)))
-    sources = list({launch.source: None for *_, found in todo for c in found for launch in c.launches if launch.source.backend != "torch"})
-    emitted = load_here(sources, target)
-    print(len(emitted), "kernels", flush=True)
-    results, trials = {}, gate.Trials(device)
-    for name, call, steps, found in todo:
-        trial, watch, times = trials.of(call, steps), Stopwatch(call, steps, device), {}
-        for c in found:
-            loaded = [None if launch.source.backend == "torch" else emitted[launch.source] for launch in c.launches]
-            worst = trial.error(c, loaded)
-            assert worst < gate.tolerance(call), (name, c.name, worst)
-            times[c.name] = round(watch.seconds(c, loaded) * 1e6, 2)
-        results[name] = dict(sorted(times.items(), key=lambda t: t[1]))
-        print(f"{name:12} " + "  ".join(f"{n} {t}" for n, t in list(results[name].items())[:6]), flush=True)
-        torch.cuda.empty_cache()
+        todo += [(problem, call, steps, candidates(product))] if problem.split()[1] in args.only.split(",") else []
+    results = {}
+    for name, _, times in timed(todo, target):
+        results[name] = times
+        print(f"{name:16} " + "  ".join(f"{n} {t}" for n, t in list(times.items())[:6]), flush=True)
     if args.output is not None:
         args.output.write_text(json.dumps({"device": torch.cuda.get_device_name(), "us": results}, indent=1) + "\n")
 

@@ -84,7 +84,8 @@ def attention(dtype: torch.dtype, seqs: int, context: int) -> Problem:
     return f"kv {str(dtype).removeprefix('torch.')} {seqs}@{context}", call, Steps(seqs, seqs, 1, seqs, True, PAGE), values, sizes
 
 
-def problems() -> list[Problem]:
+def products(kind: str, rows: int) -> list[Problem]:
+    """A layer's, in their order."""
     m = MODEL
     q, kv, d = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden
     shapes = [
@@ -93,7 +94,11 @@ def problems() -> list[Problem]:
         ("gate_up", d, 2 * m.intermediate, "silu", False),
         ("down", m.intermediate, d, None, True),
     ]
-    found = [linear(kind, name, rows, k, n, act, residual) for kind in WEIGHTS for rows in ROWS for name, k, n, act, residual in shapes]
+    return [linear(kind, name, rows, k, n, act, residual) for name, k, n, act, residual in shapes]
+
+
+def problems() -> list[Problem]:
+    found = [p for kind in WEIGHTS for rows in ROWS for p in products(kind, rows)]
     return found + [attention(dtype, *shape) for shape in ((32, 8192), (64, 1024), (1, 8192)) for dtype in (BF16, torch.float8_e4m3fn, torch.int8)]
 
 

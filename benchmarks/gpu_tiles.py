@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ingot.compiler.codegen.emit import load_here
 from ingot.compiler.measure import Stopwatch
 from ingot.ops import triton as families
 from ingot.ops.kernel import Call, Candidate, Steps, Tensor, claimants
-from ingot.ops.target import SHARED_MEMORY_BYTES
+from ingot.ops.target import SHARED_MEMORY_BYTES, Target
 
 BF16 = torch.bfloat16
 SHAPES = {"qwen3-0.6b": (1024, 4096, 2048, 3072), "llama-3.1-8b": (4096, 6144, 4096, 14336)}  # hidden, qkv rows, o columns, intermediate
@@ -59,23 +60,16 @@ def widen() -> None:
     linear.SOME_ROWS = tuple(linear.Tile(64, *t) for t in grid if (64 + t[0]) * t[1] * t[3] * 2 < SHARED_MEMORY_BYTES["sm_90"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", default="1,16,64")
-    parser.add_argument("-o", "--output", type=Path)
-    args = parser.parse_args()
-    families.load()
-    widen()
-    target, device = here(), torch.device("cuda")
-    todo: list[tuple[str, Call, Steps, list[Candidate]]] = []
-    for model, shape in SHAPES.items():
-        for rows in map(int, args.rows.split(",")):
-            steps = Steps(rows, rows, 1, rows, True)
-            todo += [(f"{model} {name} {rows}", call, steps, claimants(call, steps, target)) for name, call in calls(*shape).items()]
-    sources = list({launch.source: None for *_, found in todo for c in found for launch in c.launches if launch.source.backend != "torch"})
-    emitted = load_here(sources, target)
-    print(len(emitted), "kernels")
-    results, trials = {}, gate.Trials(device)
+Problem = tuple[str, Call, Steps, list[Candidate]]
+"""Its name, a call, its steps, and the candidates to time."""
+
+
+def timed(todo: Sequence[Problem], target: Target) -> Iterator[tuple[str, Call, dict[str, float]]]:
+    """Of each problem its name, its call and the microseconds of every candidate, the fastest first. Each must agree with the reference."""
+    emitted = load_here(list({x.source: None for *_, found in todo for c in found for x in c.launches if x.source.backend != "torch"}), target)
+    print(len(emitted), "kernels", flush=True)
+    device = torch.device("cuda")
+    trials = gate.Trials(device)
     for name, call, steps, found in todo:
         times: dict[str, float] = {}
         trial, watch = trials.of(call, steps), Stopwatch(call, steps, device)
@@ -84,11 +78,28 @@ def main() -> None:
             worst = trial.error(candidate, loaded)
             assert worst < gate.tolerance(call), (name, candidate.name, worst)
             times[candidate.name] = round(watch.seconds(candidate, loaded) * 1e6, 2)
-        nbytes = call.args["weight"].shape[0] * call.args["weight"].shape[1] * 2
-        best = sorted(times.items(), key=lambda t: t[1])
-        results[name] = {"bytes": nbytes, "us": dict(best)}
-        print(f"{name:28} {nbytes / best[0][1] / 1e6:6.2f} TB/s  " + "  ".join(f"{n.replace('rms_norm', 'norm')} {t}" for n, t in best[:4]), flush=True)
+        yield name, call, dict(sorted(times.items(), key=lambda t: t[1]))
         torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", default="1,16,64")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    families.load()
+    widen()
+    target = here()
+    todo: list[Problem] = []
+    for model, shape in SHAPES.items():
+        for rows in map(int, args.rows.split(",")):
+            steps = Steps(rows, rows, 1, rows, True)
+            todo += [(f"{model} {name} {rows}", call, steps, claimants(call, steps, target)) for name, call in calls(*shape).items()]
+    results = {}
+    for name, call, times in timed(todo, target):
+        nbytes, best = call.args["weight"].shape[0] * call.args["weight"].shape[1] * 2, list(times.items())
+        results[name] = {"bytes": nbytes, "us": times}
+        print(f"{name:28} {nbytes / best[0][1] / 1e6:6.2f} TB/s  " + "  ".join(f"{n.replace('rms_norm', 'norm')} {t}" for n, t in best[:4]), flush=True)
     if args.output is not None:
         args.output.write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": results}, indent=1) + "\n")
 

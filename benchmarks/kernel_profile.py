@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ingot.artifacts.artifact import Artifact
+from ingot.artifacts.plan import Variant
 from ingot.compiler.build import CompileOptions, compile_model
 from ingot.compiler.measure import event_seconds
 from ingot.runtime.batch import StepBatch, StepSize
@@ -28,6 +29,19 @@ from ingot.runtime.memory import plan_memory
 from ingot.runtime.records import GREEDY, WORDS
 
 REPEATS = 5
+IN_A_ROW = 20
+"""Decode steps in what is timed."""
+
+
+def compiled(model: str, quantize: str = "none") -> tuple[Artifact, dict[str, Variant]]:
+    """The artifact of a model with made-up weights, and its plans by name."""
+    artifact = Artifact.open(compile_model(model, CompileOptions(dummy_weights=True, quantize=quantize)).path)
+    return artifact, {name: artifact.plan(name) for name in artifact.manifest.variants}
+
+
+def executor_of(artifact: Artifact, plans: dict[str, Variant]) -> Executor:
+    """With the whole card's memory."""
+    return Executor(artifact, plans, plan_memory(artifact, plans.values(), max_model_len=16384, utilization=0.9, num_pages=None))
 
 
 def batch_of(executor: Executor, num_seqs: int, num_new: int, context: int) -> StepBatch:
@@ -89,12 +103,9 @@ def main() -> None:
     parser.add_argument("--quantize", default="none")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    built = compile_model(args.model, CompileOptions(dummy_weights=True, quantize=args.quantize))
-    print(args.model, "compile seconds", built.report["seconds"])
-    artifact = Artifact.open(built.path)
-    plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
-    memory = plan_memory(artifact, plans.values(), max_model_len=16384, utilization=0.9, num_pages=None)
-    executor = Executor(artifact, plans, memory)
+    artifact, plans = compiled(args.model, args.quantize)
+    print(args.model, "compile seconds", artifact.manifest.report["seconds"])
+    executor = executor_of(artifact, plans)
     points = [(kind, n) for kind, sizes in (("decode", args.batch), ("prefill", args.prefill)) for n in map(int, filter(None, sizes.split(",")))]
     found: dict[str, dict[str, Any]] = {}
 
@@ -103,7 +114,7 @@ def main() -> None:
 
     with torch.inference_mode():
         for kind, n in points:
-            found[f"{kind} {n}"] = {"event_us": round(step_seconds(executor, step(kind, n), 20 if kind == "decode" else 2) * 1e6, 1)}
+            found[f"{kind} {n}"] = {"event_us": round(step_seconds(executor, step(kind, n), IN_A_ROW if kind == "decode" else 2) * 1e6, 1)}
         for kind, n in points:
             r = found[f"{kind} {n}"]
             r |= kernels_of(executor, step(kind, n))

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from gpu_kernels import here
-from kernel_profile import batch_of
+from kernel_profile import batch_of, compiled
 
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.gate import relative
 from ingot.artifacts.plan import Kernel, Variant
-from ingot.compiler.build import CompileOptions, compile_model
 from ingot.compiler.codegen.emit import described, load_here
 from ingot.compiler.codegen.persistent import SYMBOL, layers, persistent
 from ingot.compiler.measure import event_seconds
@@ -95,9 +94,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    built = compile_model(args.model, CompileOptions(dummy_weights=True))
-    artifact = Artifact.open(built.path)
-    plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
+    artifact, plans = compiled(args.model)
     sources = {k.name: source_of(artifact, k) for k in artifact.manifest.kernels}
     executor = Executor(artifact, plans, plan_memory(artifact, plans.values(), max_model_len=4096, utilization=0.5, num_pages=None))
     with torch.inference_mode():

@@ -20,17 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_profile import batch_of, step_seconds
+from kernel_profile import IN_A_ROW, batch_of, compiled, executor_of, step_seconds
 
-from ingot.artifacts.artifact import Artifact
 from ingot.compiler import build, select, tuning
 from ingot.ops.dims import plus
 from ingot.ops.kernel import Call, Candidate, Operand, Steps
 from ingot.ops.target import Target
 from ingot.ops.triton.prefetch import prefetch_rows
 from ingot.ops.triton.source import TYPES, power_of_two, text
-from ingot.runtime.executor import Executor
-from ingot.runtime.memory import plan_memory
 
 SYMBOLS = ("rms_norm_kernel", "round_rows_kernel")
 WAIT = "        tl.extra.cuda.gdc_wait()\n"
@@ -86,11 +83,9 @@ def ask_with(megabytes: float, extra: int, early: bool, batches: list[int]) -> N
 
 
 def microseconds(model: str, quantize: str, batches: list[int], context: int) -> dict[str, float]:
-    artifact = Artifact.open(build.compile_model(model, build.CompileOptions(dummy_weights=True, quantize=quantize)).path)
-    plans = {name: artifact.plan(name) for name in artifact.manifest.variants}
-    executor = Executor(artifact, plans, plan_memory(artifact, plans.values(), max_model_len=4096, utilization=0.9, num_pages=None))
+    executor = executor_of(*compiled(model, quantize))
     with torch.inference_mode():
-        return {str(n): round(step_seconds(executor, batch_of(executor, n, 1, context), 20) * 1e6, 1) for n in batches}
+        return {str(n): round(step_seconds(executor, batch_of(executor, n, 1, context), IN_A_ROW) * 1e6, 1) for n in batches}
 
 
 def main() -> None:

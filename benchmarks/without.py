@@ -17,16 +17,12 @@ from typing import Any
 
 import msgspec
 import torch
-from kernel_profile import batch_of, step_seconds
+from kernel_profile import IN_A_ROW, batch_of, compiled, step_seconds
 
 from ingot.artifacts.artifact import Artifact
 from ingot.artifacts.plan import Entry, Variant
-from ingot.compiler.build import CompileOptions, compile_model
 from ingot.runtime.executor import Executor
 from ingot.runtime.memory import plan_memory
-
-IN_A_ROW = 20
-"""Steps in what is timed."""
 
 
 def places(entries: tuple[Entry, ...]) -> list[int | None]:
@@ -78,8 +74,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    artifact = Artifact.open(compile_model(args.model, CompileOptions(dummy_weights=True, quantize=args.quantize)).path)
-    plans = {n: artifact.plan(n) for n in artifact.manifest.variants}
+    artifact, plans = compiled(args.model, args.quantize)
     found = {}
     for num_seqs in map(int, args.batch.split(",")):
         print(f"{args.model} {args.quantize}, batch {num_seqs}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import triton
 import triton.language as tl
+from triton import JITFunction
 
 from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
@@ -128,11 +130,15 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
 
 def scaled_gemms(product: Product, gate: str | None = None) -> list[Candidate]:
     """x is rounded in a launch of its own, which does what stands before the product too: a norm, or the unit `gate`."""
+    return of_tiles(product, tiles(product, TILES), [scaled_gemm_kernel, multiply_codes], gate)
+
+
+def of_tiles(product: Product, wanted: Sequence[Tile], functions: Sequence[JITFunction], gate: str | None = None) -> list[Candidate]:
+    """The first of `functions` behind the rounding of x, with each of the tiles."""
     first, scratch = rounded(product, gate)
     operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
     constants = product.constants("WORDS", "BITS", "MIDDLE", "PANEL") | {"X_SCALES": scratch[1].shape[1]}
-    functions = [scaled_gemm_kernel, multiply_codes]
-    return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in tiles(product, TILES)]
+    return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in wanted]
 
 
 def library(product: Product, gate: str | None = None) -> list[Candidate]:
