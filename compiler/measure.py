@@ -39,6 +39,7 @@ class Stopwatch:
     def __init__(self, call: Call, steps: Steps, device: torch.device, layers: int = 1) -> None:
         """`layers`: as many copies, if they are not too large, as if each were a layer's."""
         self._call, self._device, self._layers = call, device, layers
+        self.warms = device.type == "cuda"  # whether it matters how long the device has worked
         if "page_table" not in call.args:
             situations = [{"context": 0}]
         elif steps.max_num_new == 1:

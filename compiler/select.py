@@ -251,7 +251,7 @@ class _Selector:
         assert self.device is not None
         watch = Stopwatch(w.call, w.steps, self.device)
         seconds = {c.name: watch.seconds(c, self._loaded(c)) for c in passed}
-        if min(seconds.values()) > LONG:
+        if watch.warms and min(seconds.values()) > LONG:
             seconds = {c.name: watch.seconds(c, self._loaded(c), WARM) for c in passed if c.name in near(seconds)}
         best = min((c for c in passed if c.name in seconds), key=lambda c: seconds[c.name])
         self.selection.measured.setdefault(_label(w), {n: round(s * 1e6, 2) for n, s in sorted(seconds.items(), key=lambda i: i[1])})

@@ -60,6 +60,8 @@ class _Function:
 class Clock:
     """Stands in for `Stopwatch`: what the kernel's text says."""
 
+    warms = True
+
     def __init__(self, call: Call, steps: Steps, device: torch.device, layers: int = 1) -> None: ...
 
     def seconds(self, candidate: Candidate, kernels: list[Any], warm: float = 0.0) -> float:
