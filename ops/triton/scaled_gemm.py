@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import triton
 import triton.language as tl
-from triton import JITFunction
 
 from ..chain import chain
 from ..kernel import Call, Candidate, Launch, Operand, Source, Tensor, claimants
@@ -42,6 +40,25 @@ def multiply_codes(acc, w, h, s, x_s):
 
 
 @triton.jit
+def gate_and_up(first, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows [2 · BLOCK_N] of a weight gate | up, [2N, K]: in turns, eight of gate's from `first` on and the same of up's.
+
+    Of 16 rows of a product a thread has two that are eight apart: those that meet in the unit. And one product of twice the rows reads x once.
+    """
+    i = tl.arange(0, 2 * BLOCK_N)
+    return tl.minimum(first + i // 16 * 8 + i % 8, N - 1) + i % 16 // 8 * N
+
+
+@triton.jit
+def apart(h):
+    """h [2N, M] of rows in the order of `gate_and_up` → gate and up, [N, M] each."""
+    N: tl.constexpr = h.shape[0] // 2
+    M: tl.constexpr = h.shape[1]
+    gate, up = tl.split(tl.permute(tl.reshape(h, [N // 8, 2, 8, M]), (0, 2, 3, 1)))
+    return tl.reshape(gate, [N, M]), tl.reshape(up, [N, M])
+
+
+@triton.jit
 def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, tickets, num_rows, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
                        SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUP: tl.constexpr, X_SCALES: tl.constexpr, BLOCK_N: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, THREADS: tl.constexpr,
@@ -51,25 +68,22 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
     first_n, first_m = tile_at(BLOCK_N, BLOCK_M, HEIGHT)
     n = first_n + tl.arange(0, BLOCK_N)
     m = first_m + tl.arange(0, BLOCK_M)
-    inside = tl.minimum(n, N - 1).to(tl.int64)
+    if ACT is None:
+        held = tl.minimum(n, N - 1).to(tl.int64)
+    else:
+        held = gate_and_up(first_n, N, BLOCK_N).to(tl.int64)
     token = tl.minimum(m, num_rows - 1).to(tl.int64)
     depth: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
     start = tl.program_id(2) * depth
     k = tl.arange(0, BLOCK_K)
-    row = weight + inside * K
-    scale_row = scale + inside // SCALE_ROWS * SCALES
-    up_scale_row = scale + (inside + N) // SCALE_ROWS * SCALES
-    # what is needed at the end is asked for at the beginning
-    if GROUP == 0:
+    row = weight + held * K
+    scale_row = scale + held // SCALE_ROWS * SCALES
+    if GROUP == 0:  # what is needed at the end is asked for at the beginning
         by = tl.load(scale_row)
-        if ACT is not None:
-            up_by = tl.load(up_scale_row)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            prefetch_rows(row + start, BLOCK_N, PREFETCH, THREADS)
-            if ACT is not None:
-                prefetch_rows(row + N * K + start, BLOCK_N, PREFETCH, THREADS)
+            prefetch_rows(row + start, held.shape[0], PREFETCH, THREADS)
         tl.extra.cuda.gdc_wait()
     w_row = row[:, None] + k[None, :]
     x_row = x + token[None, :] * K + k[:, None]
@@ -80,16 +94,11 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
         added = early_sum(residual, m[None, :], n[:, None], num_rows, N)
     if X_GROUP == 0:
         x_by = tl.load(x_scale_row)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if weight.dtype.element_ty == tl.int8 and GROUP + X_GROUP == 0 else tl.float32)
-    up = acc
+    acc = tl.zeros([held.shape[0], BLOCK_M], tl.int32 if weight.dtype.element_ty == tl.int8 and GROUP + X_GROUP == 0 else tl.float32)
     s = None
-    t = None
     x_s = None
     if GROUP > 0:
-        group = tl.minimum(start // GROUP, SCALES - 1)  # splits of K may end in blocks without columns
-        s = tl.load(scale_row + group)
-        if ACT is not None:
-            t = tl.load(up_scale_row + group)
+        s = tl.load(scale_row + tl.minimum(start // GROUP, SCALES - 1))  # splits of K may end in blocks without columns
     if X_GROUP > 0:
         x_s = tl.load(x_scale_row + tl.minimum(start // X_GROUP, X_SCALES - 1))
     for begin in range(start, start + depth, BLOCK_K):
@@ -101,44 +110,30 @@ def scaled_gemm_kernel(x, x_scale, weight, scale, bias, residual, out, partial, 
             h = tl.load(x_row + begin, mask=inner[:, None] & valid, other=0.0)
             w = tl.load(w_row + begin, mask=inner[None, :], other=0.0)
         acc = multiply_codes(acc, w, h, s, x_s)
-        if ACT is not None:
-            if EVEN:
-                v = tl.load(w_row + N * K + begin)
-            else:
-                v = tl.load(w_row + N * K + begin, mask=inner[None, :], other=0.0)
-            up = multiply_codes(up, v, h, t, x_s)
         if GROUP > 0:
-            group = tl.minimum((begin + BLOCK_K) // GROUP, SCALES - 1)
-            s = tl.load(scale_row + group)
-            if ACT is not None:
-                t = tl.load(up_scale_row + group)
+            s = tl.load(scale_row + tl.minimum((begin + BLOCK_K) // GROUP, SCALES - 1))
         if X_GROUP > 0:
             x_s = tl.load(x_scale_row + tl.minimum((begin + BLOCK_K) // X_GROUP, X_SCALES - 1))
     h = acc.to(tl.float32)
-    u = up.to(tl.float32)
     if GROUP == 0:
         h *= by.to(tl.float32)[:, None]
-        if ACT is not None:
-            u *= up_by.to(tl.float32)[:, None]
     if X_GROUP == 0:
         h *= x_by[None, :]
-        u *= x_by[None, :]
     if EARLY:
         h += added.to(tl.float32)
+    u = h
+    if ACT is not None:
+        h, u = apart(h)
     finish_tile(h, u, bias, None if EARLY else residual, out, partial, tickets, m[None, :], n[:, None], num_rows, N, SPLIT, ACT)
 
 
 def scaled_gemms(product: Product, gate: str | None = None) -> list[Candidate]:
     """x is rounded in a launch of its own, which does what stands before the product too: a norm, or the unit `gate`."""
-    return of_tiles(product, tiles(product, TILES), [scaled_gemm_kernel, multiply_codes], gate)
-
-
-def of_tiles(product: Product, wanted: Sequence[Tile], functions: Sequence[JITFunction], gate: str | None = None) -> list[Candidate]:
-    """The first of `functions` behind the rounding of x, with each of the tiles."""
     first, scratch = rounded(product, gate)
     operands = {"x": Operand(scratch=0), "x_scale": Operand(scratch=1), "weight": Operand(arg="weight"), "scale": Operand(arg="scale")}
     constants = product.constants("WORDS", "BITS", "MIDDLE", "PANEL") | {"X_SCALES": scratch[1].shape[1]}
-    return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in wanted]
+    functions = [scaled_gemm_kernel, multiply_codes, gate_and_up, apart]
+    return [gemm(product, functions, operands, constants, t, (first,), scratch) for t in tiles(product, TILES)]
 
 
 def library(product: Product, gate: str | None = None) -> list[Candidate]:
