@@ -23,17 +23,19 @@ MAX_STAGES = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of the weight, rows of x, columns; warps, pipeline stages, splits of K."""
+    """Rows of the weight, rows of x, columns; warps, pipeline stages; how many blocks of columns a stage has; splits of K."""
 
     n: int
     m: int
     k: int
     warps: int
     stages: int
+    unroll: int = 1
     split: int = 1
 
     def __str__(self) -> str:
-        return f"n{self.n}_m{self.m}_k{self.k}_w{self.warps}_s{self.stages}" + (f"_split{self.split}" if self.split > 1 else "")
+        more = [f"_{what}{n}" for what, n in (("u", self.unroll), ("split", self.split)) if n > 1]
+        return f"n{self.n}_m{self.m}_k{self.k}_w{self.warps}_s{self.stages}" + "".join(more)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def fitting(wanted: Sequence[Tile], weights: Weights, pieces: int, width: int, k
     for t in wanted:
         depth = CHUNK if weights.bits == 4 else x_group or weights.group or max(32, min(t.k, power_of_two(k)))
         n = min(t.n, max(32, power_of_two(width)))
-        stage = depth * (pieces * n * weights.bits // 8 + t.m * dtype.itemsize)
+        stage = t.unroll * depth * (pieces * n * weights.bits // 8 + t.m * dtype.itemsize)
         # without wgmma, widened weights go through shared memory to become the left operand
         widened = n * depth * dtype.itemsize if widens and target.arch != 90 else 0
         stages = min(t.stages * max(1, t.k // depth), (SHARED_MEMORY_BYTES[target.isa] - widened) // stage, MAX_STAGES)

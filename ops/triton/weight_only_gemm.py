@@ -1,6 +1,7 @@
 """A GEMM with quantized weights and 16-bit activations: weights are widened in registers and multiplied from there.
 
-Groups' scales multiply the sum of a group's products where x has few rows, else the weights: what costs less.
+Groups' scales multiply the sum of a group's products where x has few rows, else the weights: what costs less. With few rows, a step of the loop takes
+no longer than its barriers; then it has two chunks of columns instead of one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from .quantized_gemm import Tile, Tiles, gemm, tiles
 from .quantized_product import Product, begin_of, word_of
 
 TILES = Tiles(
-    few=(Tile(128, 16, 128, 8, 3), Tile(64, 16, 128, 4, 6), Tile(256, 16, 128, 8, 4), Tile(64, 16, 128, 4, 3)),
-    some=(Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 6), Tile(128, 64, 128, 8, 4), Tile(128, 32, 128, 8, 4)),
+    few=(Tile(128, 16, 128, 8, 3, 2), Tile(64, 16, 128, 4, 2, 2), Tile(128, 16, 128, 8, 3), Tile(64, 16, 128, 4, 4, 2), Tile(64, 16, 128, 4, 3),
+         Tile(256, 16, 128, 8, 4), Tile(64, 16, 128, 4, 6), Tile(64, 16, 128, 4, 2, 2, 2)),
+    some=(Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 3, 2), Tile(64, 64, 128, 4, 3, 2), Tile(64, 32, 128, 4, 4, 2), Tile(128, 64, 128, 8, 4),
+          Tile(64, 32, 128, 4, 6), Tile(128, 32, 128, 8, 4)),
     many=(Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(128, 256, 128, 8, 3), Tile(64, 128, 128, 4, 4)),
-    gated_some=(Tile(64, 64, 128, 4, 4), Tile(128, 64, 128, 8, 4), Tile(64, 32, 128, 4, 5), Tile(128, 32, 128, 8, 4)),
+    gated_some=(Tile(64, 64, 128, 4, 4), Tile(128, 64, 128, 8, 4), Tile(128, 64, 128, 8, 3, 2), Tile(64, 32, 128, 4, 5), Tile(128, 32, 128, 8, 4)),
     gated_many=(Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(128, 64, 128, 8, 4), Tile(64, 64, 128, 4, 5)),
-)
-"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`. Tiles by an exhaustive search of those that fit, on an H100 (2026-11-26)."""
+)  # fmt: skip
+"""Rows of the weight are 16 for each warp, or a multiple: see `register_rows`. Tiles by an exhaustive search of those that fit, on an H100 (2026-11-26;
+those of up to 64 rows 2026-11-28)."""
 
 
 @triton.jit
@@ -55,14 +59,15 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
                             WORDS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr,
                             MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HEIGHT: tl.constexpr,
                             SPLIT: tl.constexpr, ACT: tl.constexpr, PANEL: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
-                            PDL: tl.constexpr):  # fmt: skip
+                            UNROLL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Scales and zeros of a group are asked for while the group before is multiplied."""
     dtype: tl.constexpr = x.dtype.element_ty
     WARPS: tl.constexpr = THREADS // 32
     EVEN: tl.constexpr = K % (SPLIT * BLOCK_K) == 0
     EACH: tl.constexpr = GROUP if GROUP > 0 else 128
     RUNS: tl.constexpr = max(BLOCK_K // EACH, 1) if GROUP > 0 else 1
-    FOLD: tl.constexpr = GROUP > 0 and (RUNS > 1 or BLOCK_M >= 64)
+    # of a product that is on its way over the loop's end, the assembler has each step end before the next begins; a sum that is scaled in the loop has ended
+    FOLD: tl.constexpr = GROUP > 0 and (RUNS > 1 or BLOCK_M > 64)
     first_n, first_m = tile_at(BLOCK_N, BLOCK_M, HEIGHT)
     n = first_n + tl.arange(0, BLOCK_N)
     m = first_m + tl.arange(0, BLOCK_M)
@@ -113,7 +118,7 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
         added = early_sum(residual, m[None, :], n[:, None], num_rows, N)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = acc
-    for begin in range(start, start + depth, BLOCK_K):
+    for begin in tl.range(start, start + depth, BLOCK_K, loop_unroll_factor=UNROLL):
         if EVEN:
             h = tl.load(x_row + begin, mask=valid, other=0.0)
         else:
@@ -149,4 +154,4 @@ def weight_only_gemm_kernel(x, weight, scale, zero, magic, bias, residual, out, 
 def weight_only_gemms(product: Product) -> list[Candidate]:
     operands = {n: Operand(arg=n) for n in ("x", "weight", "scale", "zero")} | {"magic": Operand(const=MAGIC[product.x.dtype])}
     functions = [weight_only_gemm_kernel, prefetch_groups, begin_of, word_of, widen_tile, widen_nibbles, nibble_pairs, register_rows, widen_bytes, runs_of]
-    return [gemm(product, functions, operands, product.constants("X_GROUP"), t) for t in tiles(product, TILES)]
+    return [gemm(product, functions, operands, product.constants("X_GROUP") | {"UNROLL": t.unroll}, t) for t in tiles(product, TILES)]

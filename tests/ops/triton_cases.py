@@ -516,6 +516,9 @@ def quantized_linear_cases():
         ("int4_group32_zero", "none", 200, 288, 1100, {"act": "silu"}),
         ("int4_group128", "none", 130, 272, 2100, {"residual": True}),
         ("int4_group64_zero", "none", 70, 528, 420, {"bias": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 300, 208, 640, {"act": "silu"}),
+        ("fp8_e4m3_channel", "fp8_e4m3_token", 150, 330, 1152, {"residual": True}),
+        ("fp8_e4m3_channel", "fp8_e4m3_static", 70, 200, 384, {"bias": True, "norm": True}),
     ]  # fmt: skip
     return {f"{form}-{activation}-{t}-{'-'.join(extra)}": quantized_case(form, activation, t, n, k, **extra) for form, activation, t, n, k, extra in rows}
 
