@@ -1,7 +1,7 @@
 """A GEMM with quantized weights and 16-bit activations: weights are widened in registers and multiplied from there.
 
-Groups' scales multiply the sum of a group's products where x has few rows, else the weights: what costs less. With few rows, a step of the loop takes
-no longer than its barriers; then it has two chunks of columns instead of one.
+Groups' scales multiply the sum of a group's products where x has few rows, else the weights: what costs less. With few rows, loops that take two blocks of
+columns in a step are often faster (`Tile.unroll`).
 """
 
 from __future__ import annotations
